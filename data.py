@@ -1,0 +1,348 @@
+"""Data sets, corruption and random numbers that belong to an image.
+
+    images, labels = load_images("folder:cifar/train", image_size=16)     # (N, S, S, 3) uint8, memory-mapped or in RAM
+    data = CorruptedImages(images, labels, p=0.9, sigma=0.2, seed=0, device="cuda")
+    x0 = data.batch(index, flip=torch.rand(len(index)) < 0.5)             # (B, 3, S, S) in [-1, 1], channels_last
+
+Every set is decoded once into a memory-mapped uint8 array below ROOT/cache; what fits then lives on the training
+device, what does not (LSUN: 3 M images) streams from the map. Corruption is a function of (seed, image index) alone.
+"""
+
+import hashlib
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+NAMES = "cifar10 | cifar100 | celeba | lsun-bedroom | folder:PATH | synthetic | synthetic:N"
+NATIVE_SIZE = {"cifar10": 32, "cifar100": 32, "celeba": 64, "lsun-bedroom": 64, "synthetic": 32}
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# counter-based random numbers: the same on every device, whatever the batch
+
+
+def philox(seed, index, stream, blocks):
+    """Philox4x32-10 (Salmon et al., 2011): seed int, index (B,) int64, stream int -> (B, blocks, 4) int64 in [0, 2^32)."""
+    mask = 0xFFFFFFFF
+    device = index.device
+    index = index.view(-1, 1)
+    c = [torch.arange(blocks, device=device).expand(len(index), -1), torch.full_like(index, stream & mask),
+         index & mask, (index >> 32) & mask]
+    k0, k1 = seed & mask, (seed >> 32) & mask
+    for _ in range(10):
+        p0, p1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57  # 64-bit products; int64 wraps, which leaves the bits right
+        c = [(p1 >> 32 & mask) ^ c[1] ^ k0, p1 & mask, (p0 >> 32 & mask) ^ c[3] ^ k1, p0 & mask]
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return torch.stack(torch.broadcast_tensors(*c), dim=-1)
+
+
+def image_noise(seed, index, stream, shape):
+    """Standard normal noise (B, *shape) float32 in which row i depends on (seed, index[i], stream) alone (Box-Muller)."""
+    n = int(np.prod(shape))
+    bits = philox(seed, index, stream, -(-n // 4))
+    u = ((bits >> 8).float() + 0.5) * 2**-24  # (0, 1), exact in float32
+    r, phi = (-2 * u[..., :2].log()).sqrt(), 2 * np.pi * u[..., 2:]
+    return torch.cat([r * phi.cos(), r * phi.sin()], dim=-1).flatten(1)[:, :n].reshape(-1, *shape)
+
+
+def seed_at(seed, k, stream):
+    """A generator seed for step k: distinct k give distinct seeds, distinct streams are far apart."""
+    return (seed * 0x9E3779B1 + stream * 0x85EBCA6B + k) % 2**32
+
+
+CORRUPTION_STREAM = 2**32 - 1  # the samplers use streams 0, 1, 2, ...
+
+# ---------------------------------------------------------------------------------------------------------------------
+# corruption
+
+
+class CorruptedImages:
+    """Training images with a share p of them corrupted, fixed per image by the seed and never redrawn.
+
+    images: (N, S, S, 3) uint8 array; labels (N,) or None. Exactly round(p N) images get Gaussian noise of standard
+    deviation sigma on the [-1, 1] scale, not clipped (ours). Streams from the array if it is larger than `budget` bytes.
+    """
+
+    def __init__(self, images, labels=None, p=0.0, sigma=0.0, seed=0, device="cpu", budget=None):
+        if not 0 <= p <= 1:
+            raise ValueError(f"--p {p}: the share of corrupted images must lie in [0, 1]")
+        if not sigma >= 0:
+            raise ValueError(f"--sigma {sigma}: the noise level must be >= 0")
+        self.device, self.seed, self.sigma = torch.device(device), seed, sigma
+        n = len(images)
+        chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed_at(seed, 0, stream=0)))[: round(p * n)]
+        self.corrupted = torch.zeros(n, dtype=torch.bool)  # which images; one byte each is all that is held
+        self.corrupted[chosen] = True
+        self.corrupted = self.corrupted.to(self.device)
+        self.labels = None if labels is None else torch.as_tensor(labels, device=self.device)
+        if budget is None:
+            budget = torch.cuda.mem_get_info(self.device)[0] // 4 if self.device.type == "cuda" else 4 << 30
+        self.streams = images.nbytes > budget
+        self.images = images if self.streams else torch.from_numpy(np.array(images)).to(self.device)
+        self._noise = image_noise
+        if self.device.type == "cuda":  # one fused kernel instead of a hundred
+            self._noise = torch.compile(image_noise, dynamic=False)
+
+    def __len__(self):
+        return len(self.images)
+
+    @property
+    def shape(self):
+        s = self.images.shape[1]
+        return (3, s, s)
+
+    def clean(self, index):
+        """index (B,) int64 on the device -> x0 (B, 3, S, S) float32 in [-1, 1] without corruption, channels_last."""
+        if self.streams:
+            pixels = torch.from_numpy(self.images[index.cpu().numpy()])
+            pixels = pixels.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else pixels
+        else:
+            pixels = self.images[index]
+        return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def batch(self, index, flip=None):
+        """As `clean`, with the corruption; flip (B,) bool mirrors the already corrupted image."""
+        x0 = self.clean(index)
+        if self.sigma > 0:
+            noise = self._noise(self.seed, index, CORRUPTION_STREAM, self.shape)
+            x0 = x0 + self.sigma * self.corrupted[index].float().view(-1, 1, 1, 1) * noise
+        if flip is not None:
+            x0 = torch.where(flip.view(-1, 1, 1, 1), x0.flip(3), x0)
+        return x0.contiguous(memory_format=torch.channels_last)
+
+
+class Order:
+    """Which image stands at each position of an endless sequence of seeded permutations of 0..n-1."""
+
+    def __init__(self, n, seed, device="cpu"):
+        self.n, self.seed, self.device, self.perms = n, seed, device, {}
+
+    def _perm(self, epoch):
+        if epoch not in self.perms:
+            g = torch.Generator().manual_seed(seed_at(self.seed, epoch, stream=1))
+            self.perms = {e: p for e, p in self.perms.items() if e == epoch - 1}
+            self.perms[epoch] = torch.randperm(self.n, generator=g).to(self.device)
+        return self.perms[epoch]
+
+    def __call__(self, first, count):
+        """Indices at positions first .. first+count-1 -> (count,) int64."""
+        parts = []
+        while count > 0:
+            epoch, k = divmod(first, self.n)
+            part = self._perm(epoch)[k : k + count]
+            parts.append(part)
+            first, count = first + len(part), count - len(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loading
+
+
+def load_images(name, image_size=None, split="train", root="data", labels_needed=False):
+    """-> images (N, S, S, 3) uint8 (memory-mapped unless synthetic), labels (N,) int64 or None.
+
+    name: cifar10 | cifar100 | celeba | lsun-bedroom | folder:PATH | synthetic[:N]; image_size: resized (antialiased
+    bicubic, then centre crop) to S x S, default the set's own size. Raises ValueError with one line for bad input.
+    """
+    if image_size is not None and image_size < 4:
+        raise ValueError(f"--image-size {image_size}: must be at least 4")
+    if re.fullmatch(r"synthetic(:\d+)?", name):
+        n = int(name.partition(":")[2] or 5_000)
+        if n < 1:
+            raise ValueError(f"--data {name}: needs at least one image")
+        return synthetic_butterflies(n, image_size or NATIVE_SIZE["synthetic"], seed=0 if split == "train" else 1)
+    if name.startswith("folder:"):
+        source, key = _folder(name[len("folder:"):])
+    elif name in NATIVE_SIZE:
+        source, key = _torchvision(name, split, root), f"{name}-{split}"
+        image_size = image_size or NATIVE_SIZE[name]
+    else:
+        raise ValueError(f"--data {name}: unknown data set; choose {NAMES}")
+    images, labels = _cached(source, key, image_size, Path(root) / "cache")
+    labels = None if labels is None or (labels < 0).all() else labels
+    if labels_needed and labels is None:
+        raise ValueError(f"--data {name}: has no labels (a folder needs one sub-folder per class)")
+    return images, labels
+
+
+def _folder(path):
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"--data folder:{path}: no such folder")
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS)
+    if not files:
+        raise ValueError(f"--data folder:{path}: holds no images ({', '.join(sorted(EXTENSIONS))})")
+    classes = sorted({f.parent for f in files})
+    number = {c: (i if len(classes) > 1 else -1) for i, c in enumerate(classes)}
+    digest = hashlib.sha256()
+    for f in files:
+        stat = f.stat()
+        digest.update(f"{f.relative_to(path)}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+
+    class Folder:
+        def __len__(self):
+            return len(files)
+
+        def __getitem__(self, i):
+            try:
+                with Image.open(files[i]) as image:
+                    return image.convert("RGB"), number[files[i].parent]
+            except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as e:
+                raise ValueError(f"{files[i]}: not a readable image ({str(e).splitlines()[0]})") from None
+
+        def name(self, i):
+            return files[i]
+
+    return Folder(), f"folder-{digest.hexdigest()[:16]}"
+
+
+def _torchvision(name, split, root):
+    sets = torchvision.datasets
+    try:
+        if name in ("cifar10", "cifar100"):
+            cls = sets.CIFAR10 if name == "cifar10" else sets.CIFAR100
+            return cls(root, train=split == "train", download=True)
+        if name == "celeba":
+            crop = torchvision.transforms.CenterCrop(140)  # ours: the usual crop to the face
+            base = sets.CelebA(root, split=split, download=True, transform=crop)
+        else:
+            base = sets.LSUN(root, classes=[f"bedroom_{'train' if split == 'train' else 'val'}"])
+    except Exception as e:  # network, quota, missing lmdb, broken archives: all end in one line
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"--data {name}: could not be loaded or downloaded into {root}/ ({reason}); "
+                         "place it there, or use --data folder:PATH or --data synthetic") from None
+
+    class Unlabelled:
+        def __len__(self):
+            return len(base)
+
+        def __getitem__(self, i):
+            return base[i][0], -1
+
+    return Unlabelled()
+
+
+def _cached(source, key, size, cache):
+    """Decode `source` once into a memory-mapped array; memory stays bounded whatever its length."""
+    path = cache / f"{key}-{size or 'native'}.npy"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        side = size or source[0][0].width
+        tmp = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            images = np.lib.format.open_memmap(tmp, mode="w+", dtype=np.uint8, shape=(len(source), side, side, 3))
+            labels = np.empty(len(source), dtype=np.int64)
+
+            def decode(i):
+                image, labels[i] = source[i]
+                if image.size != (side, side):
+                    if size is None:
+                        what = source.name(i) if hasattr(source, "name") else f"image {i}"
+                        raise ValueError(f"{what}: is {image.width}x{image.height}, not {side}x{side}; give --image-size")
+                    image = _fit(image, side)
+                images[i] = np.asarray(image)
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                for first in tqdm(range(0, len(source), 1024), desc=f"decode {key}", unit="kimg", leave=False):
+                    list(pool.map(decode, range(first, min(first + 1024, len(source)))))
+            images.flush()
+            del images
+            np.save(path.with_suffix(".labels.npy"), labels)
+            os.replace(tmp, path)
+        finally:
+            if tmp.exists():
+                tmp.unlink()
+    return np.load(path, mmap_mode="r"), np.load(path.with_suffix(".labels.npy"))
+
+
+def _fit(image, side):
+    """Shorter side to `side` (antialiased bicubic), then centre crop."""
+    scale = side / min(image.size)
+    image = image.resize([max(side, round(scale * s)) for s in image.size], Image.Resampling.BICUBIC)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# procedural butterflies
+
+
+def synthetic_butterflies(n, size=32, seed=0):
+    """n butterflies on white, bilaterally symmetric, -> images (n, size, size, 3) uint8, labels (n,) species 0..9.
+
+    Image i depends on (seed, i) alone. A species fixes the base hue and the wing pattern; shape, size, tint, spots and
+    bands vary from one image to the next.
+    """
+    images = np.empty((n, size, size, 3), np.uint8)
+    labels = np.arange(n) * 7919 % 10
+    for first in range(0, n, 512):
+        index = torch.arange(first, min(first + 512, n))
+        bits = philox(1_000 + seed, index, 0, 8).flatten(1)  # (B, 32)
+        draws = (bits.double() / 2**32).float().numpy()
+        images[first : first + len(index)] = _draw(draws, labels[first : first + len(index)], size)
+    return images, labels
+
+
+def _draw(draws, species, size):
+    """draws (B, 32) float32 in [0, 1) -> (B, size, size, 3) uint8; drawn at twice the size, then averaged."""
+    column = iter(np.moveaxis(draws, 1, 0)[:, :, None, None])
+
+    def between(low, high):
+        return low + (high - low) * next(column)  # (B, 1, 1)
+
+    axis = 0.76 * ((np.arange(2 * size, dtype=np.float32) + 0.5) / size - 1)
+    v, u = np.meshgrid(-axis, np.abs(axis), indexing="ij")  # v up; u = |x| makes the symmetry
+    v, u, soft = v[None], u[None], 2.5 / size
+
+    def inside(distance):
+        return 1 / (1 + np.exp(np.clip(distance / (0.3 * soft), -40, 40)))
+
+    def ellipse(cx, cy, a, b, angle):  # ~ signed distance; the long axis points outwards at `angle`
+        x, y, cos, sin = u - cx, v - cy, np.cos(angle), np.sin(angle)
+        x, y = x * cos + y * sin, y * cos - x * sin
+        return (np.sqrt((x / a) ** 2 + (y / b) ** 2) - 1) * np.minimum(a, b)
+
+    fore_angle, hind_angle = between(0.35, 0.95), between(-1.0, -0.45)
+    fore_a, fore_b, hind_a, hind_b = between(0.36, 0.46), between(0.2, 0.29), between(0.26, 0.36), between(0.18, 0.25)
+    fore = ellipse(fore_a * 0.85 * np.cos(fore_angle), 0.05 + fore_a * 0.85 * np.sin(fore_angle), fore_a, fore_b, fore_angle)
+    hind = ellipse(hind_a * 0.85 * np.cos(hind_angle), hind_a * 0.85 * np.sin(hind_angle) - 0.02, hind_a, hind_b, hind_angle)
+    wing = np.minimum(fore, hind)
+
+    hue = (species[:, None, None].astype(np.float32) / 10 + between(-0.03, 0.03)) % 1
+    base = _hsv(hue, between(0.55, 0.95), between(0.65, 1.0))
+    second = _hsv((hue + between(0.05, 0.2)) % 1, between(0.4, 0.9), between(0.75, 1.0))
+    dark = _hsv(hue, between(0.3, 0.8), between(0.05, 0.3))
+    light = _hsv((hue + 0.5) % 1, between(0.0, 0.5), between(0.85, 1.0))
+
+    radius = np.sqrt(u**2 + v**2)
+    banded = (species[:, None, None] % 2).astype(np.float32)
+    band = 0.5 + 0.5 * np.sin(between(9, 16) * radius + between(0, 6.28))
+    edge, vein = between(0.03, 0.09), 0.5 + 0.5 * np.cos(between(8, 14) * np.arctan2(v, u))
+    colour = base + (second - base) * (hind < fore)[..., None]
+    colour = colour + (dark - colour) * (banded * band**3 * 0.8 + (1 - banded) * vein**8 * 0.5)[..., None]
+    colour = colour + (dark - colour) * inside(-(wing + edge))[..., None]  # the dark margin
+    for cx, cy, spot_of in ((between(0.4, 0.6), between(0.25, 0.5), fore), (between(0.2, 0.4), between(-0.45, -0.2), hind)):
+        spot = inside(np.maximum(np.hypot(u - cx, v - cy) - between(0.05, 0.11), spot_of + edge))
+        colour = colour + (light - colour) * spot[..., None]
+
+    image = np.ones_like(colour)
+    image = image + (colour - image) * inside(wing)[..., None]
+    body = np.minimum(ellipse(0 * hue, -0.02 + 0 * hue, 0.06 + 0 * hue, 0.3 + between(0, 0.08), 0 * hue),
+                      np.maximum(np.abs(u - (v - 0.25) * between(0.4, 0.8)) - 0.02, np.abs(v - 0.42) - 0.2))
+    image = image + (dark * 0.7 - image) * inside(body)[..., None]
+    image = image.reshape(len(draws), size, 2, size, 2, 3).mean((2, 4))
+    return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+def _hsv(h, s, v):
+    """h, s, v (B, 1, 1) in [0, 1] -> RGB (B, 1, 1, 3)."""
+    k = (np.float32([5, 3, 1]) + 6 * h[..., None]) % 6
+    return v[..., None] * (1 - s[..., None] * np.clip(np.minimum(k, 4 - k), 0, 1))

@@ -1,0 +1,200 @@
+"""Noise schedule, perturbations and objectives of adversarial training for diffusion models.
+
+Copy this file: it needs torch alone. A model is any callable (x_t, t) -> eps of x_t's shape, t a (B,) integer tensor in
+0..T-1; x is (B, C, H, W) images in [-1, 1] or (B, d) vectors. P1 = "What is Adversarial Training for Diffusion Models?",
+whose equation numbers are used throughout. Its sigma(t) is beta_t here and its alpha_t is alphas_bar.
+
+    schedule = NoiseSchedule()
+    t = torch.randint(schedule.T, (len(x0),))
+    loss, parts = robust_loss(model, schedule, x0, t, torch.randn_like(x0), perturb="adv")
+"""
+
+import contextlib
+import math
+
+import torch
+from torch import nn
+
+
+class NoiseSchedule:
+    """beta_t linear over T steps (Eq. 1); all arrays (T,) in float64, gathered to the dtype of the data.
+
+    betas; alphas_bar = prod(1 - beta); alphas_bar_prev = the same one step earlier, 1 at t = 0;
+    posterior_variance = beta~_t, the variance of q(x_{t-1} | x_t, x_0).
+    """
+
+    def __init__(self, T=1000, beta_start=1e-4, beta_end=0.02):
+        if T < 1 or not 0 < beta_start <= beta_end < 1:
+            raise ValueError(f"NoiseSchedule: need T >= 1 and 0 < beta_start <= beta_end < 1, got "
+                             f"{T}, {beta_start}, {beta_end}")
+        self.T = T
+        self.betas = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
+        self.alphas_bar = torch.cumprod(1 - self.betas, dim=0)
+        self.alphas_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_bar[:-1]])
+        self.posterior_variance = self.betas * (1 - self.alphas_bar_prev) / (1 - self.alphas_bar)
+
+    def to(self, device):
+        """Move the arrays; worth doing once before a loop on a GPU."""
+        for name in ("betas", "alphas_bar", "alphas_bar_prev", "posterior_variance"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    def at(self, values, t):
+        """values[t] in float64 on t's device, (B,)."""
+        return values.to(t.device)[t]
+
+    def q_sample(self, x0, t, eps):
+        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps  (Eq. 2)."""
+        abar = self.at(self.alphas_bar, t)
+        return like(abar.sqrt(), x0) * x0 + like((1 - abar).sqrt(), x0) * eps
+
+    def predict_x0(self, x_t, t, eps):
+        """x^_0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t): Eq. 2 solved for x_0 (P1 App. A.1)."""
+        return predict_x0(x_t, eps, self.at(self.alphas_bar, t))
+
+    def posterior_mean(self, x0, x_t, t):
+        """mu~_t(x_t, x_0), the mean of q(x_{t-1} | x_t, x_0) (P1 App. A.1). At t = 0 it is x_0."""
+        return posterior_mean(x0, x_t, self.at(self.alphas_bar, t), self.at(self.alphas_bar_prev, t))
+
+
+def like(v, x):
+    """(B,) float64 coefficients -> (B, 1, ..) in x's dtype."""
+    return v.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+def predict_x0(x_t, eps, abar):
+    """Eq. 2 solved for x_0, with abar given as (B,)."""
+    return (x_t - like((1 - abar).sqrt(), x_t) * eps) / like(abar.sqrt(), x_t)
+
+
+def posterior_mean(x0, x_t, abar, abar_prev):
+    """mu~ for a step between any two noise levels, given as (B,) abar < abar_prev (P1 App. A.1)."""
+    beta = 1 - abar / abar_prev
+    a = abar_prev.sqrt() * beta / (1 - abar)
+    b = (1 - beta).sqrt() * (1 - abar_prev) / (1 - abar)
+    return like(a, x_t) * x0 + like(b, x_t) * x_t
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the perturbation delta, in units of eps
+
+
+def perturbation_radius(schedule, t, beta=1.0, omega=2.0, gamma=8 / 255):
+    """r_beta(t) = (sqrt(1 - abar_t)^omega + gamma beta) / sqrt(1 - abar_t)  (Eq. 7) -> (B,) float64, units of eps.
+
+    beta: a number or (B,), U[0.5, 2] in training; omega >= 1 shrinks the ray where the content forms, gamma is its
+    floor. In pixels the ray is sqrt(1 - abar_t) r_beta(t).
+    """
+    s = (1 - schedule.at(schedule.alphas_bar, t)).sqrt()
+    return (s**omega + gamma * beta) / s
+
+
+def random_delta(x, radius):
+    """delta_ran ~ U(-r, r) per element (Eq. 7), x's shape, from the global generator; standard deviation r / sqrt(3)."""
+    return (2 * torch.rand_like(x) - 1) * like(radius, x)
+
+
+def adversarial_delta(model, schedule, x_t, t, eps, radius, start, objective="eq8", eps_x=None):
+    """delta_adv = clamp(start + r / sqrt(3) sign(grad_delta J), -r, r): one FGSM step that raises J  (Eq. 8).
+
+    start: delta_ran. It must not be 0, where the gradient of Eq. 8 vanishes. objective, with x' = x_t + sqrt(1-abar) delta:
+      "eq8"  J = |eps(x', t) - eps(x_t, t)|^2          (Eq. 8; printed there as an argmin, a slip)
+      "ldm"  J = |eps(x', t) - eps|^2                  (the other reading, the formula below Eq. 8)
+      "reg"  J = |eps(x', t) - eps(x_t, t) - delta|^2  (ours: the regulariser itself)
+    eps_x: eps(x_t, t) if known, which saves a forward. Returns a constant. No weight gradient is computed.
+    """
+    if objective not in ("eq8", "ldm", "reg"):
+        raise ValueError(f"objective={objective!r}: need 'eq8', 'ldm' or 'reg'")
+    s = like((1 - schedule.at(schedule.alphas_bar, t)).sqrt(), x_t)
+    r = like(radius, x_t)
+    with _frozen(model):
+        if objective == "ldm":
+            target = eps
+        elif eps_x is None:
+            with torch.no_grad():
+                target = model(x_t, t).to(x_t.dtype)
+        else:
+            target = eps_x.detach()
+        with torch.enable_grad():
+            delta = start.detach().requires_grad_()
+            residual = model(x_t.detach() + s * delta, t).to(x_t.dtype) - target  # Eq. 6 inside
+            if objective == "reg":
+                residual = residual - delta
+            (grad,) = torch.autograd.grad(residual.square().sum(), delta)
+    return torch.clamp(start.detach() + r / math.sqrt(3) * grad.sign(), -r, r)
+
+
+@contextlib.contextmanager
+def _frozen(model):
+    """Turn weight gradients off: a compiled graph would compute them even when only delta's gradient is asked for."""
+    params = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
+    for p in params:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in params:
+            p.requires_grad_(True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# objectives
+
+
+def ddpm_loss(model, schedule, x0, t, eps):
+    """L_DM = E |eps - eps_theta(x_t, t)|^2, mean over elements (Eq. 4) -> scalar."""
+    return (model(schedule.q_sample(x0, t, eps), t).to(x0.dtype) - eps).square().mean()
+
+
+def regulariser_weight(schedule, t, beta=1.0, lam=0.3, omega=2.0, gamma=8 / 255, ray_units="pixel"):
+    """lambda_t -> (B,) float64: lam over the standard deviation of delta_ran.
+
+    The paper prints lam sqrt(3) / (beta r(t)) and leaves the units of the ray open:
+      "pixel"  lam sqrt(3) / (sqrt(1 - abar_t) r_beta(t))  (ours, by evidence: see the README)
+      "eps"    lam sqrt(3) / r_beta(t)
+    """
+    if ray_units not in ("pixel", "eps"):
+        raise ValueError(f"ray_units={ray_units!r}: need 'pixel' or 'eps'")
+    ray = perturbation_radius(schedule, t, beta, omega, gamma)
+    if ray_units == "pixel":
+        ray = (1 - schedule.at(schedule.alphas_bar, t)).sqrt() * ray
+    return lam * math.sqrt(3) / ray
+
+
+def robust_loss(model, schedule, x0, t, eps, perturb="adv", constraint="equivariance", lam=0.3, omega=2.0, gamma=8 / 255,
+                ray_units="pixel", objective="eq8", detach=False, beta=None, u=None):
+    """L_AT = |eps(x_t) - eps|^2 + lambda_t |eps(x_t^adv) - eps(x_t) - delta|^2  (Eq. 10) -> (scalar, parts).
+
+    perturb: "ran" or "adv"; constraint: "equivariance" (Eq. 10) or "invariance", which leaves out "- delta" (Eq. 9 as
+    a regulariser: the ablation that must fail). Norms are means over elements, lambda_t is per sample.
+    objective: what delta_adv maximises, see adversarial_delta. detach=True stops the gradient through eps(x_t) in the
+    second term (ours; as printed it flows). beta (B,) in [0.5, 2] and u in [-1, 1] of x0's shape, with
+    delta_ran = r_beta u, are drawn from the global generator unless given.
+    parts: detached scalars; L_DM and L_reg sum to the loss; lambda_t and delta are the means of lambda_t and |delta|.
+    """
+    if perturb not in ("ran", "adv"):
+        raise ValueError(f"perturb={perturb!r}: need 'ran' or 'adv'")
+    if constraint not in ("equivariance", "invariance"):
+        raise ValueError(f"constraint={constraint!r}: need 'equivariance' or 'invariance'")
+    if beta is None:
+        beta = torch.empty(len(t), device=t.device).uniform_(0.5, 2)
+    radius = perturbation_radius(schedule, t, beta, omega, gamma)  # Eq. 7
+    lambda_t = regulariser_weight(schedule, t, beta, lam, omega, gamma, ray_units)
+    s = like((1 - schedule.at(schedule.alphas_bar, t)).sqrt(), x0)
+
+    x_t = schedule.q_sample(x0, t, eps)  # Eq. 2
+    delta = random_delta(x0, radius) if u is None else like(radius, x0) * u
+    if perturb == "ran":  # one forward over both
+        eps_x, eps_adv = model(torch.cat([x_t, x_t + s * delta]), torch.cat([t, t])).to(x0.dtype).chunk(2)
+    else:  # the attack reuses the clean forward
+        eps_x = model(x_t, t).to(x0.dtype)
+        delta = adversarial_delta(model, schedule, x_t, t, eps, radius, delta, objective, eps_x)  # Eq. 8
+        eps_adv = model(x_t + s * delta, t).to(x0.dtype)  # Eq. 6
+
+    residual = eps_adv - (eps_x.detach() if detach else eps_x)
+    if constraint == "equivariance":
+        residual = residual - delta
+    l_dm = (eps_x - eps).square().mean()
+    l_reg = (lambda_t.to(x0.dtype) * residual.square().flatten(1).mean(1)).mean()
+    parts = dict(L_DM=l_dm.detach(), L_reg=l_reg.detach(), lambda_t=lambda_t.mean(), delta=delta.abs().mean())
+    return l_dm + l_reg, parts

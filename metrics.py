@@ -1,0 +1,184 @@
+"""What the samples are worth: FID, Inception Score, PSNR, the noise left in an image; and the record of a run.
+
+Fréchet distances are computed from means and covariances in float64 with eigenvalues alone, so that they survive
+near-singular covariances and any SciPy version; FID(X, X) is 0 up to rounding.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------------------------
+# distances between sets of features
+
+
+def frechet_distance(mu1, cov1, mu2, cov2):
+    """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2) for float64 arrays (d,), (d, d) -> float (Heusel et al., 2017).
+
+    Only symmetric eigenproblems: exact zeros and slightly negative eigenvalues are clipped, nothing can turn complex.
+    """
+    for name, a in (("mu1", mu1), ("cov1", cov1), ("mu2", mu2), ("cov2", cov2)):
+        if not np.isfinite(a).all():
+            raise ValueError(f"frechet_distance: {name} holds NaN or infinity")
+    w, v = np.linalg.eigh(cov1)
+    root = (v * np.sqrt(np.clip(w, 0, None))) @ v.T
+    cross = root @ cov2 @ root
+    cross = np.sqrt(np.clip(np.linalg.eigvalsh((cross + cross.T) / 2), 0, None)).sum()
+    return float(max(((mu1 - mu2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * cross, 0.0))
+
+
+def moments(features):
+    """features (n, d) -> mean (d,), covariance (d, d), float64."""
+    features = np.asarray(features, dtype=np.float64)
+    if len(features) < 2:
+        raise ValueError(f"{len(features)} image(s): a covariance needs at least 2")
+    return features.mean(0), np.cov(features, rowvar=False)
+
+
+def inception_score(logits, splits=10):
+    """exp E KL(p(y|x) || p(y)) over `splits` parts -> mean, std (Salimans et al., 2016); logits (n, classes)."""
+    p = torch.as_tensor(logits).double().log_softmax(1)
+    scores = [((q.exp() * (q - q.exp().mean(0, keepdim=True).log())).sum(1).mean().exp()).item() for q in p.chunk(splits)]
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# single images
+
+
+def psnr(x, y, peak=2.0):
+    """Peak signal-to-noise ratio in dB over all but the first axis -> (B,); peak 2 for the [-1, 1] scale."""
+    mse = (x - y).flatten(1).square().mean(1)
+    return 10 * torch.log10(peak**2 / mse)
+
+
+def noise_level(x):
+    """Standard deviation of white noise, estimated from each image itself: x (B, C, H, W) -> (B,), in x's units.
+
+    Immerkær (1996): a mask that annihilates planes, mean absolute response times sqrt(pi / 2) / 6. Fine texture counts
+    as noise: clean photographs do not give 0, so quote the estimate for clean data beside it.
+    """
+    mask = torch.tensor([[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]], device=x.device, dtype=x.dtype)
+    response = F.conv2d(x.flatten(0, 1)[:, None], mask[None, None])  # (B C, 1, H-2, W-2)
+    return response.abs().view(len(x), -1).mean(1) * (np.pi / 2) ** 0.5 / 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# features
+
+
+def to_uint8(x):
+    """[-1, 1] -> uint8 by rounding, the images that every metric sees: (B, 3, H, W) -> the same."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+class Inception(torch.nn.Module):
+    """pytorch-fid's Inception: uint8 (B, 3, H, W) -> pool features (B, 2048), logits (B, 1008), in one pass.
+
+    The FID port leaves out the classifier's bias, as the original Inception Score code does for its logits.
+    weights: a local copy of pt_inception-2015-12-05-6726825d.pth, else it is downloaded.
+    """
+
+    def __init__(self, weights=None):
+        super().__init__()
+        from pytorch_fid import inception
+
+        if weights is not None:
+            if not os.path.isfile(weights):
+                raise ValueError(f"--inception-weights {weights}: no such file")
+            inception.load_state_dict_from_url = lambda *a, **k: torch.load(weights, map_location="cpu", weights_only=True)
+        try:
+            full = inception.fid_inception_v3()
+        except Exception as e:  # no network, or a file that is not these weights
+            raise ValueError(f"Inception weights could not be {'read from ' + str(weights) if weights else 'downloaded'} "
+                             f"({str(e).splitlines()[0] if str(e) else type(e).__name__}); give --inception-weights PATH to "
+                             "pt_inception-2015-12-05-6726825d.pth, or --features CHECKPOINT") from None
+        inception.fid_inception_v3 = lambda: full
+        self.pool = inception.InceptionV3([3])
+        self.head = full.fc.weight
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, x):
+        features = self.pool(x.float() / 255)[0].flatten(1)
+        return features, features @ self.head.T
+
+
+def extract(network, images, batch_size=250, device="cpu", desc="features"):
+    """Run `network` on uint8 images (N, S, S, 3) array -> features (N, d), logits (N, k), float32 arrays."""
+    network = network.to(device)
+    features, logits = [], []
+    for i in tqdm(range(0, len(images), batch_size), desc=desc, leave=False, disable=len(images) <= batch_size):
+        batch = torch.from_numpy(np.array(images[i : i + batch_size])).permute(0, 3, 1, 2).to(device)
+        f, y = network(batch)
+        features.append(f.float().cpu())
+        logits.append(y.float().cpu())
+    return torch.cat(features).numpy(), torch.cat(logits).numpy()
+
+
+def reference_moments(network, network_key, images, cache, batch_size=250, device="cpu"):
+    """Moments of the reference images' features, cached under a key of the network and of every pixel."""
+    digest = hashlib.sha256(f"{network_key}|{images.shape}".encode())
+    for i in range(0, len(images), 10_000):
+        digest.update(np.ascontiguousarray(images[i : i + 10_000]))
+    path = Path(cache) / f"moments-{digest.hexdigest()[:20]}.npz"
+    if path.exists():
+        with np.load(path) as f:
+            return f["mu"], f["cov"]
+    mu, cov = moments(extract(network, images, batch_size, device, "reference")[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_suffix(f".{os.getpid()}.tmp.npz")
+    np.savez(tmp, mu=mu, cov=cov)
+    os.replace(tmp, path)
+    return mu, cov
+
+
+def file_key(path):
+    """sha256 of a file's content, for cache keys and records."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the record of a run
+
+
+def write_metrics(out, started, *, seed, device, n, **numbers):
+    """OUT/metrics.json: command, commit, seed, versions, device, n, wall time and the numbers. started: time.time()."""
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=10"], capture_output=True, text=True)
+    device = torch.device(device)
+    record = dict(
+        command=" ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        commit=git.stdout.strip() or "unknown", seed=seed, n=n, wall_seconds=round(time.time() - started, 1),
+        versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
+        **numbers)
+    path = Path(out) / "metrics.json"
+    path.write_text(json.dumps(record, indent=2, default=float) + "\n")
+    return record
+
+
+def cli(main):
+    """Run a script's main(): bad input (ValueError, OSError) ends in one line on stderr and exit code 2.
+
+    TRACEBACK=1 in the environment shows where it came from.
+    """
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        if os.environ.get("TRACEBACK"):
+            raise
+        lines = str(e).splitlines() or [type(e).__name__]
+        print(f"{os.path.basename(sys.argv[0])}: {lines[0]}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,362 @@
+"""Sample a checkpoint with DDPM, DDIM or EDM's Heun sampler, and score the samples.
+
+    python sample.py --ckpt out/ckpt.pt --n 64 --sampler ddim --steps 100 --out samples
+    python sample.py --ckpt out/ckpt.pt --n 10000 --sampler ddpm --fid --data cifar10
+    torchrun --nproc-per-node 8 sample.py --ckpt out/ckpt.pt --n 50000 --fid --data cifar10
+
+Leaves --out/images/*.png (a folder `python -m pytorch_fid` reads), samples.npz, grid.png and metrics.json. Image i is a
+function of --seed and i alone, whatever the batch size and the number of processes.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torchvision.io import write_png
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+import metrics
+from data import image_noise, load_images
+from losses import NoiseSchedule, like, posterior_mean, predict_x0
+from unet import UNet, load_checkpoint
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one step of each sampler; abar and abar_prev are (B,) float64, abar < abar_prev <= 1
+
+
+def ddpm_step(x_t, eps, z, abar, abar_prev, clip=True, variance="fixed-large"):
+    """x_{t-1} = mu~(x_t, x^_0) + s_t z, which without clipping is Eq. 5; z is ignored where abar_prev = 1.
+
+    variance: s_t^2 = beta_t ("fixed-large") or beta~_t ("fixed-small").
+    """
+    x0 = predict_x0(x_t, eps, abar)
+    mean = posterior_mean(x0.clamp(-1, 1) if clip else x0, x_t, abar, abar_prev)
+    var = 1 - abar / abar_prev
+    if variance == "fixed-small":
+        var = var * (1 - abar_prev) / (1 - abar)
+    return mean + like((var * (abar_prev < 1)).sqrt(), x_t) * z
+
+
+def ddim_step(x_t, eps, z, abar, abar_prev, eta=0.0, clip=True):
+    """DDIM, Eq. 12 of Song et al. (2021); eta = 0 is deterministic. eps is not re-derived from the clipped x^_0."""
+    std = eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
+    x0 = predict_x0(x_t, eps, abar)
+    x0 = x0.clamp(-1, 1) if clip else x0
+    return like(abar_prev.sqrt(), x_t) * x0 + like((1 - abar_prev - std**2).sqrt(), x_t) * eps + like(std, x_t) * z
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# samplers: x_T (B, ..) ~ N(0, I) -> x_0 of its shape
+
+
+def ddpm_timesteps(T, steps=None, spacing="respaced"):
+    """Pairs (t, t_prev), from noise to data; t_prev = -1 stands for x_0.
+
+    respaced   evenly spaced t, betas re-derived between neighbours (Nichol & Dhariwal, 2021)
+    naive      the same t, each step computed as if from t to t - 1 (Eq. 5 with a subset of the steps)
+    truncated  t = steps-1 .. 0, started from N(0, I)
+    """
+    steps = T if steps is None else steps
+    if not 1 <= steps <= T:
+        raise ValueError(f"--steps {steps}: must lie in 1..{T}")
+    if spacing not in ("respaced", "naive", "truncated"):
+        raise ValueError(f"--spacing {spacing}: need respaced, naive or truncated")
+    if spacing == "truncated":
+        ts = list(range(steps - 1, -1, -1))
+    else:
+        ts = np.linspace(T - 1, 0, steps).round().astype(int).tolist() if steps > 1 else [T - 1]
+    return list(zip(ts, ts[1:] + [-1])) if spacing == "respaced" else [(t, t - 1) for t in ts]
+
+
+def ddim_timesteps(T, steps=100):
+    """Pairs (t, t_prev) at t = floor(i T / steps), DDIM's linear choice; t_prev = -1 stands for x_0."""
+    if not 1 <= steps <= T:
+        raise ValueError(f"--steps {steps}: must lie in 1..{T}")
+    ts = [i * T // steps for i in range(steps)][::-1]
+    return list(zip(ts, ts[1:] + [-1]))
+
+
+def _run(model, schedule, x_T, pairs, step, noise, on_step):
+    """x <- step(x, eps_theta(x, t), z, abar_t, abar_t_prev) over all pairs."""
+    abars = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_bar.cpu()]).to(x_T.device)  # at index t + 1
+    x = x_T
+    for i, (t, t_prev) in enumerate(pairs):
+        ts = torch.full((len(x),), t, device=x.device)
+        if on_step is not None:
+            x = on_step(i, t, x)
+        z = torch.randn_like(x) if noise is None else noise(i)
+        x = step(x, model(x, ts).to(x.dtype), z, abars[ts + 1], abars[torch.full_like(ts, t_prev) + 1])
+    return x
+
+
+@torch.no_grad()
+def ddpm_sample(model, schedule, x_T, steps=None, spacing="respaced", clip=True, variance="fixed-large", noise=None,
+                on_step=None):
+    """Ancestral sampling (Eq. 5). steps: None for all T; spacing: see ddpm_timesteps; variance: see ddpm_step.
+
+    clip: x^_0 to [-1, 1] (images; not for other data). noise(i): the z of step i, by default from the global generator.
+    on_step(i, t, x_t) -> x_t is called before the network at every step, to record or to perturb.
+    """
+    def step(x, eps, z, abar, abar_prev):
+        return ddpm_step(x, eps, z, abar, abar_prev, clip, variance)
+
+    return _run(model, schedule, x_T, ddpm_timesteps(schedule.T, steps, spacing), step, noise, on_step)
+
+
+@torch.no_grad()
+def ddim_sample(model, schedule, x_T, steps=100, eta=0.0, clip=True, noise=None, on_step=None):
+    """DDIM (Song et al., 2021); eta = 0 uses no noise. The other arguments as in ddpm_sample."""
+    def step(x, eps, z, abar, abar_prev):
+        return ddim_step(x, eps, z, abar, abar_prev, eta, clip)
+
+    zero = (lambda i: torch.zeros_like(x_T)) if eta == 0 else noise
+    return _run(model, schedule, x_T, ddim_timesteps(schedule.T, steps), step, zero, on_step)
+
+
+def heun_timesteps(schedule, steps=18, t_start=None, rho=7.0):
+    """t of EDM's noise levels sigma_i (Karras et al., 2022, Eq. 5), rounded to the schedule, from t_start down to 0."""
+    sigmas = ((1 - schedule.alphas_bar) / schedule.alphas_bar).sqrt().cpu().numpy()
+    t_start = schedule.T - 1 if t_start is None else t_start
+    if steps < 1 or not 0 <= t_start < schedule.T:
+        raise ValueError(f"heun: need --steps >= 1 (got {steps}) and t_start in 0..{schedule.T - 1} (got {t_start})")
+    u = np.linspace(0, 1, steps) if steps > 1 else np.zeros(1)
+    levels = (sigmas[t_start] ** (1 / rho) + u * (sigmas[0] ** (1 / rho) - sigmas[t_start] ** (1 / rho))) ** rho
+    ts = [int(np.abs(sigmas - s).argmin()) for s in levels]
+    return sorted(set(ts), reverse=True)  # the rounding may merge the smallest levels
+
+
+@torch.no_grad()
+def heun_sample(model, schedule, x_T, steps=18, S_churn=0.0, S_min=0.0, S_max=float("inf"), S_noise=1.0, clip=True,
+                t_start=None, noise=None):
+    """EDM's Algorithm 2 (Karras et al., 2022) on an eps-network: 2 steps - 1 network calls.
+
+    VP -> EDM: x / sqrt(abar) at sigma = sqrt((1 - abar) / abar). x_T is a VP sample at t_start (default T - 1).
+    S_churn > 0 adds noise within [S_min, S_max]; all noise levels are rounded to the schedule's (ours).
+    """
+    abars = schedule.alphas_bar.to(x_T.device)
+    sigmas = ((1 - abars) / abars).sqrt()
+    table = sigmas.tolist()
+    ts = heun_timesteps(schedule, steps, t_start)
+
+    def slope(x, t):  # dx/dsigma = (x - D(x; sigma)) / sigma, with D = x - sigma eps
+        eps = model(x * abars[t].sqrt().to(x.dtype), torch.full((len(x),), t, device=x.device)).to(x.dtype)
+        if not clip:
+            return eps
+        return (x - (x - table[t] * eps).clamp(-1, 1)) / table[t]
+
+    x = x_T / abars[ts[0]].sqrt().to(x_T.dtype)
+    for i, t in enumerate(ts):
+        if S_churn > 0 and S_min <= table[t] <= S_max:
+            wanted = table[t] * (1 + min(S_churn / len(ts), 2**0.5 - 1))
+            t_hat = max(t, int((sigmas - wanted).abs().argmin()))
+            z = torch.randn_like(x) if noise is None else noise(i)
+            x = x + S_noise * (table[t_hat] ** 2 - table[t] ** 2) ** 0.5 * z
+            t = t_hat
+        sigma_next = table[ts[i + 1]] if i + 1 < len(ts) else 0.0
+        d = slope(x, t)
+        x_next = x + (sigma_next - table[t]) * d
+        if sigma_next > 0:
+            x_next = x + (sigma_next - table[t]) * 0.5 * (d + slope(x_next, ts[i + 1]))
+        x = x_next
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# running on one or many devices
+
+
+def setup(device):
+    """--device auto | cpu | cuda | cuda:N -> (device, rank, world); under torchrun, joins the process group."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"--device {device}: need auto, cpu, cuda or cuda:N") from None
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {device}: no CUDA GPU here; use --device cpu")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} GPUs here")
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device, rank, world
+
+
+def autocast(device, amp):
+    """amp: auto (bf16 on a GPU that has it, else fp16; fp32 on a CPU) | bf16 | fp16 | fp32 -> a torch.autocast context."""
+    if amp == "auto":
+        amp = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if amp == "fp16" and device.type == "cpu":
+        raise ValueError("--amp fp16: needs a GPU; use bf16 or fp32")
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=amp != "fp32")
+
+
+def generate(model, schedule, index, shape, seed, device, sampler="ddpm", **options):
+    """Images number index (B,) of the sample `seed` -> x_0 (B, *shape); image i depends on (seed, i) alone."""
+    index = torch.as_tensor(index, device=device)
+
+    def noise(stream):
+        return image_noise(seed, index, stream, shape).contiguous(memory_format=torch.channels_last)
+
+    run = dict(ddpm=ddpm_sample, ddim=ddim_sample, heun=heun_sample)[sampler]
+    return run(model, schedule, noise(0), noise=lambda i: noise(i + 1), **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation
+
+
+def features_network(features, inception_weights):
+    """The network for the Fréchet distance, its name and its cache key: Inception, or a checkpoint of classifier.py."""
+    if features is None:
+        return metrics.Inception(inception_weights), "FID", f"inception-{inception_weights or 'download'}"
+    from classifier import load_features
+
+    return load_features(features), f"Fréchet distance in {Path(features).name} features", metrics.file_key(features)
+
+
+def evaluate(images, args, device):
+    """Fréchet distance and Inception Score of uint8 images (n, S, S, 3) against the clean training set of args.data."""
+    reference, _ = load_images(args.data, images.shape[1], root=args.data_root)
+    network, name, key = features_network(args.features, args.inception_weights)
+    mu, cov = metrics.reference_moments(network, key, reference, Path(args.data_root) / "cache", args.batch_size, device)
+    features, logits = metrics.extract(network, images, args.batch_size, device)
+    if not np.isfinite(features).all():
+        raise ValueError(f"{name}: the samples' features hold NaN; did training diverge?")
+    score, spread = metrics.inception_score(logits)
+    return {name: metrics.frechet_distance(*metrics.moments(features), mu, cov), "IS": score, "IS_std": spread,
+            "n_reference": len(reference)}
+
+
+def add_arguments(parser):
+    """The flags that every script which samples shares."""
+    parser.add_argument("--sampler", choices=["ddpm", "ddim", "heun"], default="ddpm")
+    parser.add_argument("--steps", type=int, help="default: ddpm 1000, ddim 100, heun 18 (noise levels)")
+    parser.add_argument("--spacing", choices=["respaced", "naive", "truncated"], default="respaced",
+                        help="ddpm: the rule for fewer steps")
+    parser.add_argument("--variance", choices=["fixed-large", "fixed-small"], default="fixed-large",
+                        help="ddpm: s_t^2 of Eq. 5")
+    parser.add_argument("--eta", type=float, default=0.0, help="ddim: 0 is deterministic")
+    parser.add_argument("--s-churn", type=float, default=0.0, help="heun: S_churn, noise added along the way")
+    parser.add_argument("--no-clip", action="store_true", help="do not clip x^_0 to [-1, 1]")
+    parser.add_argument("--raw", action="store_true", help="raw instead of EMA weights")
+    parser.add_argument("--image-size", type=int, help="default: the size the checkpoint was trained at")
+    parser.add_argument("--batch-size", type=int, default=250, help="changes memory and speed, not the images")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N")
+    parser.add_argument("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
+    parser.add_argument("--data", default="synthetic", help="reference set of --fid")
+    parser.add_argument("--data-root", default="data")
+    parser.add_argument("--features", metavar="CHECKPOINT", help="Fréchet distance in its features instead of FID")
+    parser.add_argument("--inception-weights", metavar="PATH", help="pt_inception-2015-12-05-6726825d.pth, a local copy")
+
+
+def sampler_options(args):
+    """The keyword arguments of args.sampler, with values that make no sense refused."""
+    if args.sampler == "ddpm":
+        ddpm_timesteps(1000, args.steps, args.spacing)
+        return dict(steps=args.steps, spacing=args.spacing, variance=args.variance, clip=not args.no_clip)
+    if args.spacing != "respaced":
+        raise ValueError(f"--spacing {args.spacing}: is for --sampler ddpm")
+    if args.sampler == "ddim":
+        if not 0 <= args.eta <= 1:
+            raise ValueError(f"--eta {args.eta}: must lie in [0, 1]")
+        ddim_timesteps(1000, args.steps or 100)
+        return dict(steps=args.steps or 100, eta=args.eta, clip=not args.no_clip)
+    heun_timesteps(NoiseSchedule(), args.steps or 18)
+    return dict(steps=args.steps or 18, S_churn=args.s_churn, clip=not args.no_clip)
+
+
+def load_model(path, args, device):
+    """(model ready to sample, image size) from a checkpoint of train.py or a diffusers folder."""
+    if os.path.isdir(path):
+        net, size = UNet.from_diffusers(path), args.image_size or 32
+    else:
+        ckpt = load_checkpoint(path)
+        net = UNet.load(ckpt | {"path": path}, ema=not args.raw)
+        size = args.image_size or ckpt["image_size"]
+    net = net.to(device, memory_format=torch.channels_last).eval()
+    if args.compile or (args.compile is None and device.type == "cuda"):
+        net = torch.compile(net, mode="reduce-overhead" if device.type == "cuda" else None)  # CUDA graphs
+    return net, size
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py, or a diffusers folder")
+    parser.add_argument("--n", type=int, default=10_000, help="number of images; FID below 10,000 is biased upwards")
+    parser.add_argument("--out", default="samples")
+    parser.add_argument("--fid", action="store_true", help="FID and IS against --data (clean training images)")
+    parser.add_argument("--png", action=argparse.BooleanOptionalAction, default=True, help="write the PNG folder")
+    add_arguments(parser)
+    args = parser.parse_args()
+    started = time.time()
+    if args.n < 1 or args.batch_size < 1:
+        raise ValueError(f"--n {args.n} --batch-size {args.batch_size}: both must be at least 1")
+    options = sampler_options(args)
+    device, rank, world = setup(args.device)
+    cast = autocast(device, args.amp)
+    model, size = load_model(args.ckpt, args, device)
+    out = Path(args.out)
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    if args.fid and rank == 0:  # before the sampling, so that a missing set or network costs no work
+        load_images(args.data, size, root=args.data_root)
+        features_network(args.features, args.inception_weights)
+
+    schedule = NoiseSchedule().to(device)
+    mine = list(range(args.n))[rank::world]
+    images = np.zeros((args.n, size, size, 3), np.uint8)
+    label = f"{args.sampler} {options['steps'] or schedule.T} steps"
+    with cast, tqdm(total=len(mine), desc=label, unit="img", disable=rank > 0) as bar:
+        for i in range(0, len(mine), args.batch_size):
+            index = mine[i : i + args.batch_size]
+            x0 = generate(model, schedule, index, (3, size, size), args.seed, device, args.sampler, **options)
+            if not x0.isfinite().all():
+                raise ValueError(f"{args.ckpt}: the samples hold NaN or infinity; did training diverge?")
+            images[index] = metrics.to_uint8(x0).permute(0, 2, 3, 1).cpu().numpy()
+            bar.update(len(index))
+    if world > 1:  # every row is written by one rank; the others hold zeros
+        gathered = torch.from_numpy(images)
+        dist.all_reduce(gathered)
+        images = gathered.numpy()
+    if rank == 0:
+        finish(images, args, out, started, device, options)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def finish(images, args, out, started, device, options):
+    """Files and numbers of a sample (n, S, S, 3) uint8."""
+    x = torch.from_numpy(images).permute(0, 3, 1, 2)
+    if args.png:
+        for i in tqdm(range(len(x)), desc="png", leave=False):
+            write_png(x[i], str(out / "images" / f"{i:06d}.png"), compression_level=1)
+    np.savez_compressed(out / "samples.npz", images=images)
+    save_image(x[:64].float() / 255, out / "grid.png", nrow=8, padding=1)
+    numbers = {"noise_level": metrics.noise_level(x.float() / 127.5 - 1).mean().item()}
+    if args.fid:
+        numbers |= evaluate(images, args, device)
+        if len(images) < 10_000:
+            print(f"note: n = {len(images)}; distances and IS from fewer than 10,000 images do not compare with published ones")
+    metrics.write_metrics(out, started, seed=args.seed, device=device, n=len(images), ckpt=args.ckpt, sampler=args.sampler,
+                          **options, **numbers)
+    print(f"{len(images)} images -> {out}/grid.png, " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+
+
+if __name__ == "__main__":
+    metrics.cli(main)

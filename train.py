@@ -1,0 +1,394 @@
+"""Train a diffusion model, plainly or adversarially.
+
+    python train.py --robust adv --p 0.9 --sigma 0.2 --data cifar10          # P1's Robust_adv on corrupted CIFAR-10
+    python train.py --robust none --p 0.9 --sigma 0.2 --data cifar10         # DDPM on the same images
+    python train.py --model tiny --data synthetic --image-size 16            # minutes on a CPU
+    torchrun --nproc-per-node 8 train.py --robust adv --p 0.9 --sigma 0.2 --data cifar10
+
+The claim (P1): with 90 % of the training images noisy, plain DDPM learns to draw the noise; with the equivariance
+regulariser of Eq. 10 the same network on the same images draws clean ones. --robust none | ran | adv is DDPM, Robust_ran,
+Robust_adv; inv-ran and inv-adv are the invariance ablation (Eq. 9) that must fail.
+
+Leaves --out/ckpt.pt (raw and EMA weights, optimizer, settings), metrics.jsonl, loss.png, grid.png and metrics.json.
+All randomness is a function of (--seed, step): a resumed run equals an uninterrupted one, and 2 processes equal one.
+"""
+
+import argparse
+import copy
+import json
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.distributed as dist
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+import metrics
+from data import NAMES, CorruptedImages, Order, load_images, seed_at
+from losses import NoiseSchedule, ddpm_loss, robust_loss
+from sample import autocast, generate, setup
+from unet import PRESETS, UNet, load_checkpoint, save_checkpoint
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+METHODS = {  # --robust -> (perturb, constraint)
+    "none": None,
+    "ran": ("ran", "equivariance"),
+    "adv": ("adv", "equivariance"),
+    "inv-ran": ("ran", "invariance"),
+    "inv-adv": ("adv", "invariance"),
+}
+RECIPES = {  # what --iters, --batch-size and --lr default to; DDPM's own, tiny is ours
+    "ddpm": dict(iters=800_000, batch_size=128, lr=2e-4),
+    "ddpm64": dict(iters=500_000, batch_size=128, lr=2e-4),
+    "tiny": dict(iters=1200, batch_size=64, lr=1e-3),
+}
+# what makes a run the run it is: a resumed run takes these from the checkpoint and refuses others
+FIXED = ("robust p sigma lam omega gamma ray_units objective detach data image_size model batch_size lr warmup clip_grad "
+         "dropout ema flip optimizer seed amp").split()
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--robust", choices=METHODS, default="none", help="DDPM (Eq. 4), delta_ran or delta_adv (Eq. 10), invariance (Eq. 9)")
+    add("--p", type=float, default=0.0, help="share of the training images that is corrupted")
+    add("--sigma", type=float, default=0.0, help="std of their Gaussian noise on the [-1, 1] scale")
+    add("--lam", type=float, default=0.3, help="lambda, strength of the regulariser (Eq. 10)")
+    add("--omega", type=float, default=2.0, help="omega, exponent of the ray (Eq. 7)")
+    add("--gamma", type=float, default=8 / 255, help="gamma, floor of the ray (Eq. 7)")
+    add("--ray-units", choices=["pixel", "eps"], default="pixel", help="units of the ray in lambda_t; pixel is ours")
+    add("--objective", choices=["eq8", "ldm", "reg"], default="eq8", help="what delta_adv maximises; reg is ours")
+    add("--detach", action="store_true", help="no gradient through eps(x_t) in the regulariser (ours)")
+    add("--data", default="synthetic", metavar="NAME", help=NAMES)
+    add("--data-root", default="data", help="downloads and decoded caches")
+    add("--image-size", type=int, metavar="S", help="resize to S x S; default: the set's own size")
+    add("--model", choices=PRESETS, default="ddpm", help="ddpm: 35.7 M parameters for 32x32; ddpm64; tiny: 2.8 M, for a CPU")
+    add("--out", default="out")
+    add("--iters", type=int, help="optimizer steps; default ddpm 800000, ddpm64 500000, tiny 1200")
+    add("--batch-size", type=int, help="over all processes and accumulation steps; default ddpm 128, tiny 64")
+    add("--accum", type=int, default=1, help="gradient accumulation steps within a batch")
+    add("--lr", type=float, help="default ddpm 2e-4, tiny 1e-3")
+    add("--warmup", type=int, help="linear warm-up steps; default 5000, at most a tenth of --iters")
+    add("--optimizer", choices=["adam", "adamw"], default="adam")
+    add("--clip-grad", type=float, default=1.0)
+    add("--dropout", type=float, help="default ddpm 0.1, tiny 0")
+    add("--ema", type=float, default=0.9999, help="EMA decay, ramped up as (1 + step) / (10 + step) (ours)")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="random mirror images")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
+    add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto: bf16 on a GPU, fp32 on a CPU")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
+    add("--save-every", type=int, metavar="K", help="steps between checkpoints; default 5000, at most a tenth of --iters")
+    add("--sample-every", type=int, metavar="K", help="steps between EMA sample grids; default a quarter of --iters; 0: never")
+    add("--log-every", type=int, metavar="K", help="steps between log lines and checks for NaN; default 50 (10 for tiny)")
+    add("--resume", action="store_true", help="continue from OUT/ckpt.pt")
+    add("--overwrite", action="store_true", help="start again although OUT holds a checkpoint")
+    add("--init", metavar="PATH", help="start from the EMA weights of a checkpoint, or from a diffusers folder")
+    args = parser.parse_args()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    args.given = set(vars(parser.parse_args()))  # the flags the user typed
+    for key, value in RECIPES[args.model].items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.warmup is None:
+        args.warmup = min(5000, args.iters // 10)
+    args.save_every = args.save_every or min(5000, max(1, args.iters // 10))
+    args.sample_every = max(1, args.iters // 4) if args.sample_every is None else args.sample_every
+    args.log_every = args.log_every or (10 if args.model == "tiny" else 50)
+    return args
+
+
+def check(args, world):
+    """Refuse what cannot work before any work is done."""
+    for name, low in dict(lam=0, omega=1, gamma=0, clip_grad=0, lr=0, warmup=0, sample_every=0).items():
+        if not getattr(args, name) >= low:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be >= {low}")
+    for name in ("iters", "batch_size", "accum", "save_every", "log_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if not 0 <= args.ema < 1:
+        raise ValueError(f"--ema {args.ema}: the decay must lie in [0, 1)")
+    if not 0 <= args.p <= 1:
+        raise ValueError(f"--p {args.p}: the share of corrupted images must lie in [0, 1]")
+    if not args.sigma >= 0:
+        raise ValueError(f"--sigma {args.sigma}: the noise level must be >= 0")
+    if (args.p > 0 and "sigma" not in args.given) or (args.sigma > 0 and "p" not in args.given) and not args.resume:
+        raise ValueError(f"--p {args.p} --sigma {args.sigma}: corruption takes both, the share and the noise level")
+    if args.robust == "none" and (unused := args.given & {"lam", "omega", "gamma", "ray_units", "objective", "detach"}):
+        raise ValueError(f"--{sorted(unused)[0].replace('_', '-')}: has no effect with --robust none; "
+                         "choose ran, adv, inv-ran or inv-adv")
+    if args.batch_size % (world * args.accum):
+        raise ValueError(f"--batch-size {args.batch_size}: must divide by {world} processes x --accum {args.accum}")
+    if args.resume and (args.init or args.overwrite):
+        raise ValueError(f"--resume with --{'init' if args.init else 'overwrite'}: choose one of them")
+
+
+def resume(args, path):
+    """The checkpoint to continue from; its settings replace the defaults, a flag that contradicts them is refused."""
+    ckpt = load_checkpoint(path)
+    if ckpt.get("kind") != "unet" or "optimizer" not in ckpt:
+        raise ValueError(f"{path}: not a checkpoint of train.py that can be resumed")
+    for key in FIXED:
+        if key in args.given and getattr(args, key) != ckpt["args"][key]:
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)}: the checkpoint {path} was trained with "
+                             f"{ckpt['args'][key]}; drop the flag or start in another --out")
+        setattr(args, key, ckpt["args"][key])
+    return ckpt
+
+
+def build(args):
+    """The network: fresh, or of --init."""
+    config = dict(PRESETS[args.model])
+    if args.dropout is not None:
+        config["dropout"] = args.dropout
+    torch.manual_seed(args.seed)
+    net = UNet(**config)
+    args.dropout = net.config["dropout"]
+    if args.init:
+        source = UNet.from_diffusers(args.init) if os.path.isdir(args.init) else UNet.load(args.init)
+        different = [k for k, v in net.config.items() if source.config[k] != v and k != "dropout"]
+        if different:
+            raise ValueError(f"--init {args.init}: has {different[0]} {source.config[different[0]]}, but --model {args.model} "
+                             f"{net.config[different[0]]}; choose the --model it was trained as")
+        net.load_state_dict(source.state_dict())
+    return net
+
+
+def main():
+    args = parse_args()
+    started = time.time()
+    device, rank, world = setup(args.device)
+    out = Path(args.out)
+    path = out / "ckpt.pt"
+    ckpt = resume(args, path) if args.resume else None
+    check(args, world)
+    if path.exists() and not (args.resume or args.overwrite):
+        raise ValueError(f"--out {out}: holds a checkpoint; --resume continues it, --overwrite starts again")
+    cast = autocast(device, args.amp)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    net = build(args)
+    out.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        (out / ".write-test").write_text("")  # fails here rather than at the first checkpoint
+        (out / ".write-test").unlink()
+
+    if world > 1 and rank > 0:
+        dist.barrier()  # rank 0 decodes the images first
+    images, labels = load_images(args.data, args.image_size, root=args.data_root)
+    if world > 1 and rank == 0:
+        dist.barrier()
+    data = CorruptedImages(images, labels, args.p, args.sigma, args.seed, device)
+    size = data.shape[1]
+    if args.batch_size > len(data):
+        raise ValueError(f"--batch-size {args.batch_size}: larger than --data {args.data} with its {len(data)} images")
+    factor = 2 ** (len(net.config["channels"]) - 1)
+    if size % factor:
+        raise ValueError(f"--image-size {size}: --model {args.model} needs a multiple of {factor}")
+
+    schedule = NoiseSchedule().to(device)
+    net = net.to(device, memory_format=torch.channels_last).train()
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    params = list(net.parameters())
+    optimizer = dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW)[args.optimizer](params, lr=args.lr, fused=True)
+    first = 0
+    if ckpt:
+        net.load_state_dict(ckpt["model"])
+        ema.load_state_dict(ckpt["ema"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+        scaler.load_state_dict(ckpt["scaler"])
+        first = ckpt["step"]
+    if world > 1:
+        for p in [*params, *ema.parameters()]:
+            dist.broadcast(p.data, 0)
+    compiled = args.compile or (args.compile is None and device.type == "cuda")
+    model = torch.compile(net) if compiled else net
+
+    # One batch of the run: this process takes rows [rank B/W, (rank + 1) B/W) of it, in --accum parts.
+    B, rows = args.batch_size, args.batch_size // (world * args.accum)
+    order = Order(len(data), args.seed, "cpu" if data.streams else device)
+    generator = torch.Generator(device)
+
+    def draw(step):
+        """All random numbers of a step, for the whole batch, so that they do not depend on how it is divided."""
+        generator.manual_seed(seed_at(args.seed, step, stream=2))
+        flip = torch.rand(B, generator=generator, device=device) < (0.5 if args.flip else 0)
+        t = torch.randint(schedule.T, (B,), generator=generator, device=device)  # t ~ U{0..T-1}
+        beta = 0.5 + 1.5 * torch.rand(B, generator=generator, device=device)  # beta ~ U[0.5, 2]
+        eps = torch.randn((B, size, size, 3), generator=generator, device=device).permute(0, 3, 1, 2)
+        u = 2 * torch.rand((B, size, size, 3), generator=generator, device=device).permute(0, 3, 1, 2) - 1
+        parts = []
+        for i in range(args.accum):
+            mine = slice((rank * args.accum + i) * rows, (rank * args.accum + i + 1) * rows)
+            index = order(step * B + mine.start, rows)
+            x0 = data.batch(index, flip[mine])
+            parts.append((x0, t[mine], eps[mine], beta[mine], u[mine]))
+        return parts
+
+    def loss_of(x0, t, eps, beta, u):
+        if args.robust == "none":
+            loss = ddpm_loss(model, schedule, x0, t, eps)  # Eq. 4
+            return loss, dict(L_DM=loss.detach())
+        perturb, constraint = METHODS[args.robust]
+        return robust_loss(model, schedule, x0, t, eps, perturb, constraint, args.lam, args.omega, args.gamma,
+                           args.ray_units, args.objective, args.detach, beta, u)  # Eq. 10
+
+    def save(step):
+        if rank == 0:
+            save_checkpoint(path, dict(
+                kind="unet", config=net.config, image_size=size, step=step, model=net.state_dict(), ema=ema.state_dict(),
+                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), args={k: getattr(args, k) for k in FIXED}))
+
+    def grid(step):
+        if rank == 0:
+            with cast:
+                x0 = generate(ema, schedule, range(64), data.shape, args.seed, device, "ddim", steps=50)
+            save_image((x0 + 1) / 2, out / f"grid{step:07d}.png", nrow=8, padding=1)
+            (out / "grid.png").write_bytes((out / f"grid{step:07d}.png").read_bytes())
+
+    stop = []  # filled by the first SIGTERM or Ctrl-C; a second one ends the program at once
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sig, lambda s, _: (stop.append(s), signal.signal(s, signal.SIG_DFL)))
+
+    def must_stop(step):
+        if world == 1:
+            return bool(stop)
+        if step % 10:  # the processes agree every few steps
+            return False
+        flag = torch.tensor(float(bool(stop)))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    if rank == 0:
+        n_params = sum(p.numel() for p in params) / 1e6
+        print(f"{args.robust}: {n_params:.1f} M parameters, {len(data)} images {size}x{size} of {args.data}, "
+              f"{int(data.corrupted.sum())} with noise {args.sigma}, {device} x {world}, steps {first}..{args.iters} -> {out}")
+        if device.type == "cpu" and args.model != "tiny":
+            print("note: this network takes days on a CPU; --model tiny --image-size 16 takes minutes")
+    log_path = out / "metrics.jsonl"
+    if rank == 0:
+        old = log_path.read_text().splitlines() if first and log_path.exists() else []
+        log_path.write_text("".join(line + "\n" for line in old if json.loads(line)["step"] <= first))
+
+    pending, window_start, step = [], time.time(), first
+
+    def flush(step):
+        """One host sync for many steps: check the losses, write a line."""
+        nonlocal window_start
+        names = list(pending[0])
+        values = torch.stack([torch.stack([d[k].float() for k in names]) for d in pending])  # (steps, names)
+        if world > 1:
+            dist.all_reduce(values)
+            values /= world
+        values = values.tolist()
+        bad = [i for i, v in enumerate(values) if not torch.isfinite(torch.tensor(v[: names.index("grad_norm")])).all()]
+        if bad:
+            last = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+            sys.exit(f"train.py: the loss of step {step - len(pending) + bad[0] + 1} is not finite; {last}. "
+                     "Try a lower --lr, or --amp bf16 or fp32")
+        line = {k: sum(v[i] for v in values) / len(values) for i, k in enumerate(names)}
+        now = time.time()
+        line = dict(step=step, **line, img_per_s=len(pending) * B / (now - window_start), memory_gb=memory(device))
+        window_start = now
+        pending.clear()
+        if rank == 0:
+            with log_path.open("a") as f:
+                f.write(json.dumps(line) + "\n")
+            bar.set_postfix(loss=f"{line['loss']:.4f}", img_s=f"{line['img_per_s']:.0f}")
+
+    bar = tqdm(total=args.iters, initial=first, desc=f"train {args.robust}", unit="step", disable=rank > 0)
+    pool = ThreadPoolExecutor(1)
+    ahead = pool.submit(draw, first) if data.streams else None
+    while step < args.iters and not must_stop(step):
+        if data.streams:  # read the next batch from disk meanwhile
+            parts, ahead = ahead.result(), pool.submit(draw, step + 1)
+        else:
+            parts = draw(step)
+        if args.dropout > 0:
+            torch.manual_seed(seed_at(args.seed, step, stream=3 + rank))
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+        optimizer.zero_grad(set_to_none=True)
+        logs = []
+        for part in parts:
+            with cast:
+                loss, terms = loss_of(*part)
+            scaler.scale(loss / args.accum).backward()
+            logs.append(dict(loss=loss.detach(), **terms))
+        if world > 1:  # not DDP: its hooks expect one forward per backward, the attack adds others
+            grads = [p.grad for p in params]
+            flat = torch.cat([g.flatten() for g in grads])
+            dist.all_reduce(flat)
+            torch._foreach_copy_(grads, [f.view_as(g) for f, g in zip((flat / world).split([g.numel() for g in grads]), grads)])
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.clip_grad or float("inf"), foreach=True)
+        scaler.step(optimizer)
+        scaler.update()
+        decay = min(args.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(ema.parameters()), params, 1 - decay)
+
+        step += 1
+        pending.append({k: sum(d[k] for d in logs) / args.accum for k in logs[0]} | dict(grad_norm=grad_norm))
+        bar.update()
+        if step % args.log_every == 0 or step % args.save_every == 0 or step == args.iters:
+            flush(step)  # before saving: a checkpoint never holds the result of a non-finite loss
+        if step % args.save_every == 0:
+            save(step)
+        if args.sample_every and step % args.sample_every == 0 and step < args.iters:
+            grid(step)
+    bar.close()
+    if pending:
+        flush(step)
+    save(step)
+    if stop and step < args.iters:
+        if rank == 0:
+            print(f"stopped by {signal.Signals(stop[0]).name} at step {step}; saved {path}; --resume continues")
+    else:
+        grid(step)
+    if rank == 0:
+        lines = [json.loads(line) for line in log_path.read_text().splitlines()]
+        if lines:
+            plot(lines, out / "loss.png", args)
+            metrics.write_metrics(out, started, seed=args.seed, device=device, n=len(data), world=world,
+                                  args={k: getattr(args, k) for k in FIXED}, **lines[-1])
+        print(f"step {step}: {path}, {out}/grid.png, {out}/loss.png")
+    pool.shutdown(cancel_futures=True)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def memory(device):
+    """Peak memory in GB: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def plot(lines, path, args):
+    steps = [d["step"] for d in lines]
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    labels = dict(L_DM="$L_{DM}$ (Eq. 4)", L_reg="$L_{reg}$ (Eq. 10, with $\\lambda_t$)", grad_norm="gradient norm")
+    for key, label in labels.items():
+        if key in lines[-1]:
+            ax.plot(steps, [d.get(key) for d in lines], label=label, lw=1.2)
+    ax.set(xlabel="step", ylabel="mean since the last log line", yscale="log",
+           title=f"{args.model}, --robust {args.robust}, {args.data.split('/')[-1]}, p = {args.p}, σ = {args.sigma}")
+    ax.legend()
+    ax.grid(alpha=0.3)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+if __name__ == "__main__":
+    metrics.cli(main)

@@ -1,0 +1,270 @@
+"""The U-Net of DDPM (Ho et al., 2020), eps_theta(x_t, t): the graph of `google/ddpm-cifar10-32`.
+
+    net = UNet(**PRESETS["ddpm"])                  # 35.7 M parameters, 32x32
+    net = UNet.load("out/ckpt.pt")                 # a checkpoint of train.py, EMA weights
+    net = UNet.from_diffusers("ddpm-cifar10-32/")  # a folder or a state dict of diffusers' UNet2DModel
+
+Details that matter for loading those weights: GroupNorm eps 1e-6, down-sampling pads right and bottom only, the time
+embedding is [sin, cos] with frequencies 1e4^(-i / (d/2 - 1)), attention has one head.
+"""
+
+import json
+import math
+import os
+import pickle
+import re
+import uuid
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+PRESETS = {
+    # DDPM on CIFAR-10, attention at 16x16: 35.7 M parameters.
+    "ddpm": dict(channels=(128, 256, 256, 256), attention=(False, True, False, False), blocks=2, dropout=0.1),
+    # DDIM's CelebA network for 64x64, attention at 16x16: 78.7 M parameters.
+    "ddpm64": dict(channels=(128, 256, 256, 256, 512), attention=(False, False, True, False, False), blocks=2, dropout=0.1),
+    # 2.4 M parameters, trains on a CPU at 16x16 (minutes) or 32x32. No dropout: its runs are too short to overfit.
+    "tiny": dict(channels=(64, 96, 96), attention=(False, True, False), blocks=1, dropout=0.0),
+}
+
+
+def timestep_embedding(t, dim):
+    """Sin-cos features of t, (B,) integer or real -> (B, dim); DDPM's frequencies 1e4^(-i / (dim/2 - 1))."""
+    dtype = t.dtype if t.dtype == torch.float64 else torch.float32
+    freqs = torch.exp(torch.arange(dim // 2, device=t.device, dtype=dtype) * (-math.log(1e4) / (dim // 2 - 1)))
+    phase = t[:, None].to(dtype) * freqs  # (B, dim/2)
+    return torch.cat([phase.sin(), phase.cos()], dim=1)
+
+
+def conv3x3(c_in, c_out, stride=1, padding=1):
+    return nn.Conv2d(c_in, c_out, 3, stride=stride, padding=padding)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in, c_out, c_emb, groups, dropout):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = conv3x3(c_in, c_out)
+        self.emb = nn.Linear(c_emb, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = conv3x3(c_out, c_out)
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.emb(emb)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.skip(x) + h
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over the pixels."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.qkv = nn.Linear(c, 3 * c)
+        self.out = nn.Linear(c, c)
+
+    def forward(self, x):
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C): a view if x is channels_last
+        q, k, v = self.qkv(h)[:, None].chunk(3, dim=-1)  # (B, 1 head, HW, C)
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return x + self.out(h).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Level(nn.Module):
+    """The blocks of one resolution; `resample` leads to the next one (absent on the last)."""
+
+    def __init__(self, widths, c_emb, attention, groups, dropout, resample=None):
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(c_in, c_out, c_emb, groups, dropout) for c_in, c_out in widths)
+        self.attn = nn.ModuleList(Attention(c_out, groups) if attention else nn.Identity() for _, c_out in widths)
+        self.resample = resample
+
+
+class UNet(nn.Module):
+    """eps_theta: x (B, C, H, W), t (B,) in 0..T-1 -> the predicted unit noise, x's shape and dtype.
+
+    channels: width of each resolution, halving from one to the next, so H and W must divide by 2^(len(channels) - 1);
+    attention: per resolution; blocks: residual blocks per resolution. `config` rebuilds the network: UNet(**net.config).
+    """
+
+    def __init__(self, channels=(128, 256, 256, 256), attention=(False, True, False, False), blocks=2, dropout=0.1,
+                 groups=32, in_channels=3):
+        super().__init__()
+        self.config = dict(channels=list(channels), attention=list(attention), blocks=blocks, dropout=dropout,
+                           groups=groups, in_channels=in_channels)
+        c0, c_emb, last = channels[0], 4 * channels[0], len(channels) - 1
+        self.time = nn.Sequential(nn.Linear(c0, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
+        self.conv_in = conv3x3(in_channels, c0)
+
+        self.down, skips, c = nn.ModuleList(), [c0], c0
+        for i, width in enumerate(channels):
+            widths = [(c if j == 0 else width, width) for j in range(blocks)]
+            resample = conv3x3(width, width, stride=2, padding=0) if i < last else None
+            self.down.append(Level(widths, c_emb, attention[i], groups, dropout, resample))
+            skips += [width] * (blocks + (i < last))
+            c = width
+
+        self.mid = Level([(c, c), (c, c)], c_emb, True, groups, dropout)
+        self.mid.attn[1] = nn.Identity()  # residual, attention, residual
+
+        self.up = nn.ModuleList()
+        for i, width in reversed(list(enumerate(channels))):
+            widths = []
+            for _ in range(blocks + 1):  # each block takes one stored activation of the way down
+                widths.append((c + skips.pop(), width))
+                c = width
+            self.up.append(Level(widths, c_emb, attention[i], groups, dropout, conv3x3(c, c) if i > 0 else None))
+
+        self.norm_out = nn.GroupNorm(groups, c0, eps=1e-6)
+        self.conv_out = conv3x3(c0, in_channels)
+        self._init_weights()
+
+    def _init_weights(self):
+        """DDPM's: uniform with variance 1/fan_avg; the last layer of every branch and of the network starts at 0."""
+        for m in self.modules():
+            if isinstance(m, (nn.Conv2d, nn.Linear)):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        for m in self.modules():
+            if isinstance(m, Attention):
+                for w in m.qkv.weight.chunk(3):
+                    nn.init.xavier_uniform_(w)
+            zero = {ResBlock: "conv2", Attention: "out", UNet: "conv_out"}.get(type(m))
+            if zero:
+                nn.init.zeros_(getattr(m, zero).weight)
+
+    def forward(self, x, t):
+        factor = 2 ** (len(self.down) - 1)
+        if x.shape[-1] % factor or x.shape[-2] % factor:
+            raise ValueError(f"image size {x.shape[-2]}x{x.shape[-1]} does not divide by {factor}, as this network needs")
+        emb = timestep_embedding(t, self.time[0].in_features).to(self.time[0].weight.dtype)
+        emb = F.silu(self.time(emb))  # (B, 4 c0)
+
+        h = self.conv_in(x)
+        hs = [h]
+        for level in self.down:
+            for res, attn in zip(level.res, level.attn):
+                h = attn(res(h, emb))
+                hs.append(h)
+            if level.resample is not None:
+                h = level.resample(F.pad(h, (0, 1, 0, 1)))  # right and bottom only, as in DDPM's TensorFlow code
+                hs.append(h)
+
+        for res, attn in zip(self.mid.res, self.mid.attn):
+            h = attn(res(h, emb))
+
+        for level in self.up:
+            for res, attn in zip(level.res, level.attn):
+                h = attn(res(torch.cat([h, hs.pop()], dim=1), emb))
+            if level.resample is not None:
+                h = level.resample(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+        return self.conv_out(F.silu(self.norm_out(h))).to(x.dtype)
+
+    @classmethod
+    def load(cls, checkpoint, ema=True):
+        """The network of a train.py checkpoint (path or loaded dict), in eval mode; ema=False for the raw weights."""
+        ckpt = load_checkpoint(checkpoint) if isinstance(checkpoint, (str, os.PathLike)) else checkpoint
+        if ckpt.get("kind") != "unet":
+            raise ValueError(f"{checkpoint if ckpt is not checkpoint else 'checkpoint'}: holds no UNet (train.py's has one)")
+        net = cls(**ckpt["config"])
+        net.load_state_dict(ckpt["ema" if ema else "model"])
+        return net.eval()
+
+    @classmethod
+    def from_diffusers(cls, source, dropout=0.1):
+        """From a folder with a UNet2DModel (config.json beside .safetensors or .bin) or from its state dict.
+
+        Raises ValueError for a model outside the family of google/ddpm-cifar10-32.
+        """
+        state = source if isinstance(source, dict) else _read_diffusers(source)
+        state = {_rename(k): v for k, v in state.items()}
+        for prefix in [k[: -len("q.weight")] for k in state if k.endswith(".attn_q.weight")]:  # fuse q, k, v
+            for part in ("weight", "bias"):
+                qkv = [state.pop(f"{prefix}{n}.{part}") for n in "qkv"]
+                # the oldest files store these as 1x1 convolutions
+                state[f"{prefix[:-5]}qkv.{part}"] = torch.cat([w.flatten(1) if part == "weight" else w for w in qkv])
+        try:
+            levels = 1 + max(int(m[1]) for k in state if (m := re.match(r"down\.(\d+)\.res", k)))
+            blocks = 1 + max(int(m[1]) for k in state if (m := re.match(r"down\.0\.res\.(\d+)", k)))
+            net = cls(channels=[state[f"down.{i}.res.0.conv2.bias"].shape[0] for i in range(levels)],
+                      attention=[f"down.{i}.attn.0.qkv.weight" in state for i in range(levels)],
+                      blocks=blocks, dropout=dropout, in_channels=state["conv_in.weight"].shape[1])
+            net.load_state_dict(state)
+        except (ValueError, KeyError, RuntimeError) as e:
+            raise ValueError(f"not a UNet2DModel of the ddpm-cifar10-32 family: {str(e).splitlines()[0]}") from None
+        return net.eval()
+
+
+_NAMES = [(r"down_blocks\.(\d+)", r"down.\1"), (r"up_blocks\.(\d+)", r"up.\1"), ("mid_block", "mid"), ("resnets", "res"),
+          ("attentions", "attn"), (r"(down|up)samplers\.0\.conv", "resample"), ("conv_shortcut", "skip"),
+          ("time_emb_proj", "emb"), (r"time_embedding\.linear_1", "time.0"), (r"time_embedding\.linear_2", "time.2"),
+          ("conv_norm_out", "norm_out"), ("group_norm", "norm"), (r"to_out\.0|proj_attn", "out"),
+          (r"to_q|query", "attn_q"), (r"to_k|key", "attn_k"), (r"to_v|value", "attn_v")]
+
+
+def _rename(key):
+    for old, new in _NAMES:
+        key = re.sub(old, new, key)
+    return key
+
+
+def _read_diffusers(folder):
+    folder = os.path.join(folder, "unet") if os.path.isdir(os.path.join(folder, "unet")) else folder
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        raise ValueError(f"{folder}: no config.json, so not a diffusers model folder")
+    with open(path) as f:
+        cfg = json.load(f)
+    need = dict(norm_eps=1e-6, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, attention_head_dim=None,
+                norm_num_groups=32, mid_block_scale_factor=1, center_input_sample=False)
+    # silently different arithmetic is worse than a refusal
+    wrong = [f"{k}={cfg[k]!r} (need {v!r})" for k, v in need.items() if k in cfg and cfg[k] != v]
+    if wrong:
+        raise ValueError(f"{folder}: not of the ddpm-cifar10-32 family: {', '.join(wrong)}")
+    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            if name.endswith("bin"):
+                return load_checkpoint(path)
+            try:
+                from safetensors.torch import load_file
+            except ImportError:
+                raise ValueError(f"{path}: reading it takes `pip install safetensors`") from None
+            return load_file(path)
+    raise ValueError(f"{folder}: no diffusion_pytorch_model.safetensors or .bin")
+
+
+def save_checkpoint(path, ckpt):
+    """Write tensors and plain values so that `path` is at every moment the old or the new file, never half of one."""
+    tmp = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with open(tmp, "wb") as f:
+            torch.save(ckpt, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
+        if os.path.exists(tmp):
+            os.remove(tmp)
+        raise OSError(f"{path}: could not save the checkpoint ({str(e).splitlines()[0]}); the previous one is intact") from None
+
+
+def load_checkpoint(path):
+    """The dict in a checkpoint, on the CPU. Raises ValueError for what is missing, truncated or would execute code."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such checkpoint file")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: refused, not a file of tensors and plain values (it may execute code)") from None
+    except (RuntimeError, EOFError, OSError, KeyError) as e:
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{path}: truncated or not a checkpoint ({reason})") from None
+    if not isinstance(ckpt, dict):
+        raise ValueError(f"{path}: not a checkpoint (holds a {type(ckpt).__name__}, not a dict)")
+    return ckpt
