@@ -47,7 +47,7 @@ def image_noise(seed, index, stream, shape):
     """Standard normal noise (B, *shape) float32 in which row i depends on (seed, index[i], stream) alone (Box-Muller)."""
     n = int(np.prod(shape))
     bits = philox(seed, index, stream, -(-n // 4))
-    u = ((bits >> 8).float() + 0.5) * 2**-24  # (0, 1), exact in float32
+    u = ((bits >> 8).float() + 0.5) * 2**-24  # (0, 1]: its logarithm is finite
     r, phi = (-2 * u[..., :2].log()).sqrt(), 2 * np.pi * u[..., 2:]
     return torch.cat([r * phi.cos(), r * phi.sin()], dim=-1).flatten(1)[:, :n].reshape(-1, *shape)
 
@@ -182,7 +182,7 @@ def _folder(path):
         raise ValueError(f"--data folder:{path}: holds no images ({', '.join(sorted(EXTENSIONS))})")
     classes = sorted({f.parent for f in files})
     number = {c: (i if len(classes) > 1 else -1) for i, c in enumerate(classes)}
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{path.resolve()}\n".encode())
     for f in files:
         stat = f.stat()
         digest.update(f"{f.relative_to(path)}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
@@ -308,7 +308,8 @@ def _draw(draws, species, size):
     def ellipse(cx, cy, a, b, angle):  # ~ signed distance; the long axis points outwards at `angle`
         x, y, cos, sin = u - cx, v - cy, np.cos(angle), np.sin(angle)
         x, y = x * cos + y * sin, y * cos - x * sin
-        return (np.sqrt((x / a) ** 2 + (y / b) ** 2) - 1) * np.minimum(a, b)
+        f, slope = np.sqrt((x / a) ** 2 + (y / b) ** 2), np.sqrt((x / a**2) ** 2 + (y / b**2) ** 2)
+        return f * (f - 1) / np.maximum(slope, 1e-6)
 
     fore_angle, hind_angle = between(0.35, 0.95), between(-1.0, -0.45)
     fore_a, fore_b, hind_a, hind_b = between(0.36, 0.46), between(0.2, 0.29), between(0.26, 0.36), between(0.18, 0.25)
@@ -339,6 +340,7 @@ def _draw(draws, species, size):
                       np.maximum(np.abs(u - (v - 0.25) * between(0.4, 0.8)) - 0.02, np.abs(v - 0.42) - 0.2))
     image = image + (dark * 0.7 - image) * inside(body)[..., None]
     image = image.reshape(len(draws), size, 2, size, 2, 3).mean((2, 4))
+    image = (image + image[:, :, ::-1]) / 2  # exact symmetry, whatever the order of the sums above
     return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 

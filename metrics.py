@@ -48,7 +48,10 @@ def moments(features):
 def inception_score(logits, splits=10):
     """exp E KL(p(y|x) || p(y)) over `splits` parts -> mean, std (Salimans et al., 2016); logits (n, classes)."""
     p = torch.as_tensor(logits).double().log_softmax(1)
-    scores = [((q.exp() * (q - q.exp().mean(0, keepdim=True).log())).sum(1).mean().exp()).item() for q in p.chunk(splits)]
+    scores = []
+    for q in p.chunk(splits):  # xlogy(0, 0) = 0: a class that never occurs adds nothing
+        marginal = q.exp().mean(0)
+        scores.append(((q.exp() * q.clamp_min(-1e4)).sum(1) - torch.xlogy(q.exp(), marginal).sum(1)).mean().exp().item())
     return float(np.mean(scores)), float(np.std(scores))
 
 
@@ -93,18 +96,21 @@ class Inception(torch.nn.Module):
         super().__init__()
         from pytorch_fid import inception
 
-        if weights is not None:
-            if not os.path.isfile(weights):
-                raise ValueError(f"--inception-weights {weights}: no such file")
-            inception.load_state_dict_from_url = lambda *a, **k: torch.load(weights, map_location="cpu", weights_only=True)
+        if weights is not None and not os.path.isfile(weights):
+            raise ValueError(f"--inception-weights {weights}: no such file")
+        names = inception.load_state_dict_from_url, inception.fid_inception_v3
         try:
+            if weights is not None:
+                inception.load_state_dict_from_url = lambda *a, **k: torch.load(weights, map_location="cpu", weights_only=True)
             full = inception.fid_inception_v3()
+            inception.fid_inception_v3 = lambda: full  # InceptionV3 drops the head; it is kept here for the logits
+            self.pool = inception.InceptionV3([3])
         except Exception as e:  # no network, or a file that is not these weights
             raise ValueError(f"Inception weights could not be {'read from ' + str(weights) if weights else 'downloaded'} "
-                             f"({str(e).splitlines()[0] if str(e) else type(e).__name__}); give --inception-weights PATH to "
+                             f"({(str(e) or type(e).__name__).splitlines()[0]}); give --inception-weights PATH to "
                              "pt_inception-2015-12-05-6726825d.pth, or --features CHECKPOINT") from None
-        inception.fid_inception_v3 = lambda: full
-        self.pool = inception.InceptionV3([3])
+        finally:
+            inception.load_state_dict_from_url, inception.fid_inception_v3 = names
         self.head = full.fc.weight
         self.eval()
 

@@ -37,6 +37,8 @@ def ddpm_step(x_t, eps, z, abar, abar_prev, clip=True, variance="fixed-large"):
     x0 = predict_x0(x_t, eps, abar)
     mean = posterior_mean(x0.clamp(-1, 1) if clip else x0, x_t, abar, abar_prev)
     var = 1 - abar / abar_prev
+    if variance not in ("fixed-large", "fixed-small"):
+        raise ValueError(f"variance={variance!r}: need 'fixed-large' or 'fixed-small'")
     if variance == "fixed-small":
         var = var * (1 - abar_prev) / (1 - abar)
     return mean + like((var * (abar_prev < 1)).sqrt(), x_t) * z
@@ -70,7 +72,8 @@ def ddpm_timesteps(T, steps=None, spacing="respaced"):
         ts = list(range(steps - 1, -1, -1))
     else:
         ts = np.linspace(T - 1, 0, steps).round().astype(int).tolist() if steps > 1 else [T - 1]
-    return list(zip(ts, ts[1:] + [-1])) if spacing == "respaced" else [(t, t - 1) for t in ts]
+    after = ts[1:] if spacing == "respaced" else [t - 1 for t in ts[:-1]]
+    return list(zip(ts, after + [-1]))
 
 
 def ddim_timesteps(T, steps=100):
@@ -222,7 +225,8 @@ def generate(model, schedule, index, shape, seed, device, sampler="ddpm", **opti
 def features_network(features, inception_weights):
     """The network for the Fréchet distance, its name and its cache key: Inception, or a checkpoint of classifier.py."""
     if features is None:
-        return metrics.Inception(inception_weights), "FID", f"inception-{inception_weights or 'download'}"
+        network = metrics.Inception(inception_weights)  # raises first for a missing file
+        return network, "FID", f"inception-{metrics.file_key(inception_weights) if inception_weights else 'download'}"
     from classifier import load_features
 
     return load_features(features), f"Fréchet distance in {Path(features).name} features", metrics.file_key(features)
@@ -287,7 +291,7 @@ def load_model(path, args, device):
         net, size = UNet.from_diffusers(path), args.image_size or 32
     else:
         ckpt = load_checkpoint(path)
-        net = UNet.load(ckpt | {"path": path}, ema=not args.raw)
+        net = UNet.load(ckpt, ema=not args.raw)
         size = args.image_size or ckpt["image_size"]
     net = net.to(device, memory_format=torch.channels_last).eval()
     if args.compile or (args.compile is None and device.type == "cuda"):

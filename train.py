@@ -50,7 +50,7 @@ RECIPES = {  # what --iters, --batch-size and --lr default to; DDPM's own, tiny 
     "ddpm64": dict(iters=500_000, batch_size=128, lr=2e-4),
     "tiny": dict(iters=1200, batch_size=64, lr=1e-3),
 }
-# what makes a run the run it is: a resumed run takes these from the checkpoint and refuses others
+# what makes a run the run it is: --resume refuses to change these, and takes all other settings as they were unless given
 FIXED = ("robust p sigma lam omega gamma ray_units objective detach data image_size model batch_size lr warmup clip_grad "
          "dropout ema flip optimizer seed amp").split()
 
@@ -89,7 +89,7 @@ def parse_args():
     add("--save-every", type=int, metavar="K", help="steps between checkpoints; default 5000, at most a tenth of --iters")
     add("--sample-every", type=int, metavar="K", help="steps between EMA sample grids; default a quarter of --iters; 0: never")
     add("--log-every", type=int, metavar="K", help="steps between log lines and checks for NaN; default 50 (10 for tiny)")
-    add("--resume", action="store_true", help="continue from OUT/ckpt.pt")
+    add("--resume", action="store_true", help="continue from OUT/ckpt.pt with its settings; --iters may grow")
     add("--overwrite", action="store_true", help="start again although OUT holds a checkpoint")
     add("--init", metavar="PATH", help="start from the EMA weights of a checkpoint, or from a diffusers folder")
     args = parser.parse_args()
@@ -121,7 +121,7 @@ def check(args, world):
         raise ValueError(f"--p {args.p}: the share of corrupted images must lie in [0, 1]")
     if not args.sigma >= 0:
         raise ValueError(f"--sigma {args.sigma}: the noise level must be >= 0")
-    if (args.p > 0 and "sigma" not in args.given) or (args.sigma > 0 and "p" not in args.given) and not args.resume:
+    if not args.resume and (args.p > 0 and "sigma" not in args.given or args.sigma > 0 and "p" not in args.given):
         raise ValueError(f"--p {args.p} --sigma {args.sigma}: corruption takes both, the share and the noise level")
     if args.robust == "none" and (unused := args.given & {"lam", "omega", "gamma", "ray_units", "objective", "detach"}):
         raise ValueError(f"--{sorted(unused)[0].replace('_', '-')}: has no effect with --robust none; "
@@ -137,11 +137,12 @@ def resume(args, path):
     ckpt = load_checkpoint(path)
     if ckpt.get("kind") != "unet" or "optimizer" not in ckpt:
         raise ValueError(f"{path}: not a checkpoint of train.py that can be resumed")
-    for key in FIXED:
-        if key in args.given and getattr(args, key) != ckpt["args"][key]:
+    for key, value in ckpt["args"].items():
+        if key in FIXED and key in args.given and getattr(args, key) != value:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)}: the checkpoint {path} was trained with "
-                             f"{ckpt['args'][key]}; drop the flag or start in another --out")
-        setattr(args, key, ckpt["args"][key])
+                             f"{value}; drop the flag or start in another --out")
+        if key not in args.given:
+            setattr(args, key, value)
     return ckpt
 
 
@@ -194,6 +195,7 @@ def main():
     if size % factor:
         raise ValueError(f"--image-size {size}: --model {args.model} needs a multiple of {factor}")
 
+    settings = {k: v for k, v in vars(args).items() if k not in ("given", "out", "device", "resume", "overwrite", "init")}
     schedule = NoiseSchedule().to(device)
     net = net.to(device, memory_format=torch.channels_last).train()
     ema = copy.deepcopy(net).eval().requires_grad_(False)
@@ -245,7 +247,7 @@ def main():
         if rank == 0:
             save_checkpoint(path, dict(
                 kind="unet", config=net.config, image_size=size, step=step, model=net.state_dict(), ema=ema.state_dict(),
-                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), args={k: getattr(args, k) for k in FIXED}))
+                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), args=settings))
 
     def grid(step):
         if rank == 0:
@@ -358,7 +360,7 @@ def main():
         if lines:
             plot(lines, out / "loss.png", args)
             metrics.write_metrics(out, started, seed=args.seed, device=device, n=len(data), world=world,
-                                  args={k: getattr(args, k) for k in FIXED}, **lines[-1])
+                                  args=settings, **lines[-1])
         print(f"step {step}: {path}, {out}/grid.png, {out}/loss.png")
     pool.shutdown(cancel_futures=True)
     if world > 1:

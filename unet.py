@@ -169,10 +169,15 @@ class UNet(nn.Module):
     def load(cls, checkpoint, ema=True):
         """The network of a train.py checkpoint (path or loaded dict), in eval mode; ema=False for the raw weights."""
         ckpt = load_checkpoint(checkpoint) if isinstance(checkpoint, (str, os.PathLike)) else checkpoint
+        name = checkpoint if ckpt is not checkpoint else "checkpoint"
         if ckpt.get("kind") != "unet":
-            raise ValueError(f"{checkpoint if ckpt is not checkpoint else 'checkpoint'}: holds no UNet (train.py's has one)")
-        net = cls(**ckpt["config"])
-        net.load_state_dict(ckpt["ema" if ema else "model"])
+            raise ValueError(f"{name}: holds no UNet (train.py's checkpoints do)")
+        try:
+            net = cls(**ckpt["config"])
+            net.load_state_dict(ckpt["ema" if ema else "model"])
+        except (KeyError, TypeError, RuntimeError) as e:
+            raise ValueError(f"{name}: its weights do not fit its config, so it is of another architecture "
+                             f"({str(e).splitlines()[0]})") from None
         return net.eval()
 
     @classmethod
@@ -220,10 +225,13 @@ def _read_diffusers(folder):
         raise ValueError(f"{folder}: no config.json, so not a diffusers model folder")
     with open(path) as f:
         cfg = json.load(f)
-    need = dict(norm_eps=1e-6, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, attention_head_dim=None,
-                norm_num_groups=32, mid_block_scale_factor=1, center_input_sample=False)
+    # key: (what this network computes, diffusers' default where the file leaves the key out)
+    need = dict(norm_eps=(1e-6, 1e-5), downsample_padding=(0, 1), flip_sin_to_cos=(False, True), freq_shift=(1, 0),
+                attention_head_dim=(None, 8), norm_num_groups=(32, 32), mid_block_scale_factor=(1, 1), act_fn=("silu", "silu"),
+                center_input_sample=(False, False), resnet_time_scale_shift=("default", "default"),
+                time_embedding_type=("positional", "positional"))
     # silently different arithmetic is worse than a refusal
-    wrong = [f"{k}={cfg[k]!r} (need {v!r})" for k, v in need.items() if k in cfg and cfg[k] != v]
+    wrong = [f"{k}={cfg.get(k, default)!r} (need {v!r})" for k, (v, default) in need.items() if cfg.get(k, default) != v]
     if wrong:
         raise ValueError(f"{folder}: not of the ddpm-cifar10-32 family: {', '.join(wrong)}")
     for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):

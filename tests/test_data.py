@@ -1,0 +1,337 @@
+"""Random numbers that belong to an image, the corruption, the order of the images, and loading."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+
+from data import CorruptedImages, Order, image_noise, load_images, philox, synthetic_butterflies
+
+ALL_ONES = 0xFFFFFFFF
+
+
+def pixels(n=1000, size=8, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+
+
+def one_line(error, *names):
+    text = str(error.value)
+    return "\n" not in text and all(str(name) in text for name in names)
+
+
+# random numbers ------------------------------------------------------------------------------------------------------
+
+
+def philox_plain(counter, key):
+    """Philox4x32-10 in Python's integers, as Salmon et al. define it."""
+    a, b, c, d = counter
+    for i in range(10):
+        p, q = 0xD2511F53 * a, 0xCD9E8D57 * c
+        k0, k1 = (key[0] + i * 0x9E3779B9) % 2**32, (key[1] + i * 0xBB67AE85) % 2**32
+        a, b, c, d = (q >> 32) ^ b ^ k0, q % 2**32, (p >> 32) ^ d ^ k1, p % 2**32
+    return [a, b, c, d]
+
+
+def test_philox_known_answers():
+    """Random123's kat_vectors for philox4x32 10: directly where the counter starts at 0, else through philox_plain."""
+    zero = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert philox(0, torch.tensor([0]), 0, 1)[0, 0].tolist() == zero
+    assert philox_plain([0] * 4, [0] * 2) == zero
+    assert philox_plain([ALL_ONES] * 4, [ALL_ONES] * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    assert philox_plain([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0]) == [
+        0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+
+    index = torch.tensor([0, 1, 2**32 - 1, 2**32, 2**62 + 12345])
+    for seed, stream in ((0, 0), (1, 2), (2**63 + 2**31 + 7, ALL_ONES), (2**64 - 1, 2**31)):
+        bits = philox(seed, index, stream, 3)
+        assert bits.shape == (5, 3, 4) and bits.dtype == torch.int64
+        for row, i in zip(bits.tolist(), index.tolist()):
+            assert row == [philox_plain([block, stream, i % 2**32, i >> 32], [seed % 2**32, seed >> 32]) for block in range(3)]
+
+
+def test_image_noise_is_standard_normal():
+    z = image_noise(3, torch.arange(2000), 0, (3, 8, 8))
+    assert z.shape == (2000, 3, 8, 8) and z.dtype == torch.float32
+    assert stats.kstest(z.flatten().double().numpy(), "norm").pvalue > 1e-3
+    np.testing.assert_allclose(stats.kurtosis(z.flatten().double().numpy()), 0, atol=0.05)
+    assert z.mean((1, 2, 3)).std().item() == pytest.approx(192**-0.5, rel=0.1)  # no row leans
+
+
+def test_image_noise_is_independent():
+    """No correlation of values or of squares, between elements of a row, rows, streams or seeds."""
+    z = image_noise(3, torch.arange(1000), 0, (100,)).double()
+    others = [z.roll(k, 1) for k in (1, 2, 50)] + [z.roll(1, 0), image_noise(3, torch.arange(1000), 1, (100,)),
+                                                   image_noise(4, torch.arange(1000), 0, (100,))]
+    for other in others:
+        for a, b in ((z, other), (z.square(), other.square())):
+            assert abs(np.corrcoef(a.flatten(), b.flatten())[0, 1]) < 5 / 100_000**0.5
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (3, 5, 5), (1,)])
+def test_image_noise_belongs_to_the_image(shape):
+    """Row i depends on (seed, index[i], stream) alone, whatever stands beside it."""
+    index = torch.arange(40)
+    whole = image_noise(0, index, 7, shape)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(image_noise(0, order, 7, shape), whole[order])
+    for n in (1, 3, 16):
+        assert torch.equal(torch.cat([image_noise(0, part, 7, shape) for part in index.split(n)]), whole)
+    assert len(whole.flatten(1).unique(dim=0)) == 40
+
+
+# corruption ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25, 0.9, 0.9996, 1.0])
+def test_share_of_corrupted_images(p):
+    data = CorruptedImages(pixels(), p=p, sigma=0.2)
+    index = torch.arange(1000)
+    changed = (data.batch(index) != data.clean(index)).flatten(1)
+    assert changed.any(1).sum() == round(1000 * p) == data.corrupted.sum()
+    assert torch.equal(changed.any(1), data.corrupted)
+
+
+def test_clean_images_are_the_pixels():
+    images = pixels(20)
+    images[0], images[1] = 0, 255
+    data = CorruptedImages(images, p=0.0, sigma=0.5)
+    x = data.batch(torch.arange(20))
+    assert x.shape == (20, 3, 8, 8) and x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
+    assert (x[0] == -1).all() and (x[1] == 1).all()
+    np.testing.assert_allclose(x.permute(0, 2, 3, 1), images / 127.5 - 1, atol=1e-6)
+    assert torch.equal(CorruptedImages(images, p=1.0, sigma=0.0).batch(torch.arange(20)), x)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.2])
+def test_corruption_is_gaussian_of_sigma(sigma):
+    index = torch.arange(1000)
+    data = CorruptedImages(pixels(), p=0.9, sigma=sigma)
+    z = (data.batch(index) - data.clean(index))[data.corrupted].double().numpy().ravel()
+    assert z.std() == pytest.approx(sigma, rel=0.01) and abs(z.mean()) < 0.01 * sigma
+    assert stats.kstest(z / sigma, "norm").pvalue > 1e-3
+
+
+def test_corruption_is_not_clipped():
+    x = CorruptedImages(np.full((100, 8, 8, 3), 255, np.uint8), p=1.0, sigma=0.2).batch(torch.arange(100))
+    assert (x > 1).float().mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_corruption_is_fixed_per_image():
+    """Never redrawn; the same in any order, split or second object; another seed changes images and noise."""
+    images, index = pixels(200), torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    data = CorruptedImages(images, p=0.9, sigma=0.2, seed=4)
+    whole = data.batch(torch.arange(200))
+    assert torch.equal(data.batch(index), whole[index])
+    assert torch.equal(torch.cat([data.batch(part) for part in index.split(7)]), whole[index])
+    assert torch.equal(CorruptedImages(images, p=0.9, sigma=0.2, seed=4).batch(torch.arange(200)), whole)
+    other = CorruptedImages(images, p=0.9, sigma=0.2, seed=5)
+    assert not torch.equal(other.corrupted, data.corrupted)
+    both = data.corrupted & other.corrupted
+    assert (other.batch(torch.arange(200)) != whole)[both].flatten(1).float().mean(1).min() > 0.9
+
+
+def test_flip_mirrors_the_corrupted_image():
+    data, index = CorruptedImages(pixels(50), p=0.9, sigma=0.2), torch.arange(50)
+    flip = torch.arange(50) % 3 == 0
+    plain, x = data.batch(index), data.batch(index, flip)
+    assert torch.equal(x[flip], plain[flip].flip(3)) and torch.equal(x[~flip], plain[~flip])
+
+
+def test_streaming_is_resident(tmp_path):
+    """A memory map that exceeds the budget yields the same batches as the array."""
+    np.save(tmp_path / "a.npy", pixels(100))
+    mapped, index = np.load(tmp_path / "a.npy", mmap_mode="r"), torch.arange(99, -1, -3)
+    streamed, resident = (CorruptedImages(mapped, p=0.9, sigma=0.2, budget=budget) for budget in (0, None))
+    assert streamed.streams and not resident.streams
+    assert isinstance(streamed.images, np.memmap) and isinstance(resident.images, torch.Tensor)
+    assert len(streamed) == len(resident) == 100 and streamed.shape == resident.shape == (3, 8, 8)
+    assert torch.equal(streamed.batch(index, index % 2 == 0), resident.batch(index, index % 2 == 0))
+
+
+def test_corruption_refuses_nonsense():
+    for bad in (dict(p=-0.1), dict(p=1.1), dict(sigma=-1.0), dict(sigma=float("nan")), dict(p=float("nan"))):
+        with pytest.raises(ValueError) as error:
+            CorruptedImages(pixels(4), **bad)
+        assert one_line(error, "--" + next(iter(bad)))
+
+
+# order ---------------------------------------------------------------------------------------------------------------
+
+
+def test_order_is_a_permutation_per_epoch():
+    order = Order(11, seed=0)
+    epochs = order(0, 44).view(4, 11)
+    assert torch.equal(epochs.sort(dim=1).values, torch.arange(11).expand(4, 11))
+    assert len(epochs.unique(dim=0)) == 4
+    assert not torch.equal(order(0, 44), Order(11, seed=1)(0, 44))
+
+
+def test_order_depends_on_the_position_alone():
+    """Any chunking, and any jump forth or back, as after a resume."""
+    whole = Order(11, seed=3)(0, 60)
+    for chunk in (1, 7, 11, 25, 60):
+        order = Order(11, seed=3)
+        assert torch.equal(torch.cat([order(i, min(chunk, 60 - i)) for i in range(0, 60, chunk)]), whole)
+    for first in (50, 3, 22, 0, 59):
+        assert torch.equal(order(first, 1), whole[first : first + 1])
+    assert torch.equal(Order(11, seed=3)(13, 30), whole[13:43])
+
+
+# synthetic butterflies -----------------------------------------------------------------------------------------------
+
+
+def test_synthetic_is_a_function_of_seed_and_index():
+    images, labels = synthetic_butterflies(600, 16)
+    assert images.shape == (600, 16, 16, 3) and images.dtype == np.uint8
+    assert np.array_equal(images, synthetic_butterflies(600, 16)[0])
+    few, few_labels = synthetic_butterflies(5, 16)
+    assert np.array_equal(few, images[:5]) and np.array_equal(few_labels, labels[:5])
+    assert len(np.unique(images.reshape(600, -1), axis=0)) == 600
+    assert set(labels) == set(range(10))
+    assert not np.array_equal(images, synthetic_butterflies(600, 16, seed=1)[0])
+
+
+def test_synthetic_is_white_around_something_dark():
+    images, _ = synthetic_butterflies(600, 32)
+    assert (images[:, [0, 0, -1, -1], [0, -1, 0, -1]] > 240).all()
+    assert (images.min((1, 2, 3)) < 60).all()
+
+
+def test_synthetic_is_bilaterally_symmetric():
+    for size in (16, 32):
+        images, _ = synthetic_butterflies(600, size)
+        assert np.array_equal(images, images[:, :, ::-1])
+
+
+def test_load_synthetic(tmp_path):
+    images, labels = load_images("synthetic:7", root=tmp_path)
+    assert images.shape == (7, 32, 32, 3) and len(labels) == 7
+    assert load_images("synthetic:7", image_size=16, root=tmp_path)[0].shape == (7, 16, 16, 3)
+    assert not np.array_equal(load_images("synthetic:7", split="test", root=tmp_path)[0], images)
+
+
+# folders -------------------------------------------------------------------------------------------------------------
+
+
+def write(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array, dtype=np.uint8)).save(path)
+
+
+def plain(colour, width=8, height=8):
+    return np.broadcast_to(np.uint8(colour), (height, width, 3))
+
+
+def load(folder, **kwargs):
+    return load_images(f"folder:{folder}", root=folder.parent / "root", **kwargs)
+
+
+def test_folder_of_classes(tmp_path):
+    """Sub-folders in alphabetical order are the classes; the pixels come back as they are, memory-mapped."""
+    first, second = pixels(2)
+    write(tmp_path / "set" / "cat" / "a.png", first)
+    write(tmp_path / "set" / "ant" / "b.bmp", second)
+    write(tmp_path / "set" / "ant" / "c.PNG", pixels(1)[0, :, :, 0])  # grey
+    (tmp_path / "set" / "notes.txt").write_text("no image")
+    images, labels = load(tmp_path / "set", labels_needed=True)
+    assert isinstance(images, np.memmap) and images.dtype == np.uint8 and images.shape == (3, 8, 8, 3)
+    assert labels.tolist() == [0, 0, 1]
+    assert np.array_equal(images[2], first) and np.array_equal(images[0], second)
+    assert np.array_equal(images[1], pixels(1)[0, :, :, :1].repeat(3, axis=2))
+
+
+def test_folder_without_classes(tmp_path):
+    write(tmp_path / "set" / "a.png", plain((1, 2, 3)))
+    assert load(tmp_path / "set")[1] is None
+    with pytest.raises(ValueError) as error:
+        load(tmp_path / "set", labels_needed=True)
+    assert one_line(error, tmp_path / "set", "labels")
+
+
+def test_folder_is_resized_and_cropped(tmp_path):
+    """Shorter side to S, then the centre: of three stripes the middle one is left; a checkerboard is averaged."""
+    red, green, blue = plain((255, 0, 0), 32, 32), plain((0, 255, 0), 32, 32), plain((0, 0, 255), 32, 32)
+    write(tmp_path / "set" / "a.png", np.concatenate([red, green, blue], axis=1))
+    write(tmp_path / "set" / "b.png", np.concatenate([red, green, blue], axis=0))
+    board = np.indices((64, 64)).sum(0)[..., None] % 2 * np.full(3, 255)
+    write(tmp_path / "set" / "c.png", board)
+    write(tmp_path / "set" / "d.png", plain((9, 99, 199), 4, 5))  # enlarged
+    images, _ = load(tmp_path / "set", image_size=16)
+    assert images.shape == (4, 16, 16, 3)
+    assert (abs(images[:2, 2:-2, 2:-2].astype(int) - [0, 255, 0]) < 8).all()  # the cut lies on the stripes' edges
+    assert (abs(images[2, 1:-1, 1:-1].astype(int) - 127.5) < 8).all()
+    assert (images[3] == [9, 99, 199]).all()
+
+
+def test_folder_is_decoded_once(tmp_path, monkeypatch):
+    write(tmp_path / "set" / "a" / "1.png", pixels(1)[0])
+    write(tmp_path / "set" / "b" / "2.png", pixels(1)[0])
+    images, labels = load(tmp_path / "set")
+    monkeypatch.setattr(Image, "open", lambda *a, **k: 1 / 0)
+    again, again_labels = load(tmp_path / "set")
+    assert np.array_equal(images, again) and np.array_equal(labels, again_labels)
+    monkeypatch.undo()
+    assert load(tmp_path / "set", image_size=4)[0].shape == (2, 4, 4, 3)  # another size is another array
+
+
+def test_changes_refresh_the_cache(tmp_path):
+    path = tmp_path / "set" / "a.bmp"
+    write(path, plain((10, 10, 10)))
+    assert (load(tmp_path / "set")[0] == 10).all()
+    write(path, plain((20, 20, 20)))
+    os.utime(path, ns=(1, 1))
+    assert (load(tmp_path / "set")[0] == 20).all()
+    write(tmp_path / "set" / "b.bmp", plain((30, 30, 30)))
+    assert len(load(tmp_path / "set")[0]) == 2
+    path.unlink()
+    assert (load(tmp_path / "set")[0] == 30).all()
+
+
+def test_two_folders_do_not_share_a_cache(tmp_path):
+    """Even with equal names, sizes and times, as archives with a fixed date unpack."""
+    for folder, value in (("one", 10), ("two", 20)):
+        write(tmp_path / folder / "a.bmp", plain((value,) * 3))
+        os.utime(tmp_path / folder / "a.bmp", ns=(1, 1))
+    assert (load(tmp_path / "one")[0] == 10).all()
+    assert (load(tmp_path / "two")[0] == 20).all()
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(ValueError) as error:
+        load(tmp_path / "missing")
+    assert one_line(error, tmp_path / "missing")
+
+    (tmp_path / "set").mkdir()
+    with pytest.raises(ValueError) as error:
+        load(tmp_path / "set")
+    assert one_line(error, tmp_path / "set")
+
+    write(tmp_path / "set" / "a.png", plain((1, 2, 3)))
+    write(tmp_path / "set" / "b.png", plain((1, 2, 3), 9, 8))
+    with pytest.raises(ValueError) as error:
+        load(tmp_path / "set")
+    assert one_line(error, tmp_path / "set" / "b.png", "9x8", "--image-size")
+
+    write(tmp_path / "noise.png", pixels(1)[0])
+    half = (tmp_path / "noise.png").read_bytes()[:150]
+    for content in (b"", b"not an image", half):
+        (tmp_path / "set" / "b.png").write_bytes(content)
+        with pytest.raises(ValueError) as error:
+            load(tmp_path / "set")
+        assert one_line(error, tmp_path / "set" / "b.png")
+    assert not list((tmp_path / "root").rglob("*.npy")) and not list((tmp_path / "root").rglob("*.tmp"))
+
+    write(tmp_path / "set" / "b.png", plain((4, 5, 6)))
+    assert len(load(tmp_path / "set")[0]) == 2  # repaired, it loads
+
+
+def test_bad_names(tmp_path):
+    for name in ("cifar11", "synthetic:0", "synthetic:x", "folder", "folder:", ""):
+        with pytest.raises(ValueError) as error:
+            load_images(name, root=tmp_path)
+        assert one_line(error, f"--data {name}")
+    with pytest.raises(ValueError, match="--image-size 3"):
+        load_images("synthetic", image_size=3, root=tmp_path)

@@ -1,0 +1,409 @@
+"""Samplers, in float64: Gaussian data, whose ideal network is affine, and diffusers' schedulers.
+
+With an affine network a sampler is an affine map of x_T and the noises. Running it on unit vectors yields that map, hence
+the mean and the covariance of its samples without drawing any.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from losses import NoiseSchedule
+from sample import ddim_sample, ddim_timesteps, ddpm_sample, ddpm_timesteps, heun_sample, heun_timesteps
+
+SCHEDULE = NoiseSchedule()
+BETAS = np.linspace(1e-4, 0.02, 1000)
+ABAR = np.cumprod(1 - BETAS)
+MU = np.array([0.5, -0.3, 2.0])
+COV = np.array([[1.0, 0.3, 0.0], [0.3, 0.25, 0.1], [0.0, 0.1, 0.36]])
+
+
+def gaussian_eps(mu, cov):
+    """eps*(x, t) = sqrt(1 - abar) (abar C + (1 - abar) I)^-1 (x - sqrt(abar) mu) for data N(mu, C)."""
+    def eps(x, t):
+        abar = ABAR[t[0]]
+        m = math.sqrt(1 - abar) * np.linalg.inv(abar * cov + (1 - abar) * np.eye(len(mu)))
+        return (x - torch.from_numpy(math.sqrt(abar) * mu)) @ torch.from_numpy(m)
+
+    return eps
+
+
+def line_eps(v, mu=0.0):
+    return gaussian_eps(np.array([mu]), np.array([[v]]))
+
+
+def exact_moments(sample, d, draws):
+    """sample(x_T, noise) affine in x_T and noise(0 .. draws-1) -> mean and covariance of its output for N(0, I) inputs."""
+    x_T = torch.zeros(1 + d * (1 + draws), d, dtype=torch.float64)
+    x_T[1 : 1 + d] = torch.eye(d)
+
+    def noise(i):
+        z = torch.zeros_like(x_T)
+        z[1 + d * (1 + i) : 1 + d * (2 + i)] = torch.eye(d)
+        return z
+
+    out = sample(x_T, noise).numpy()
+    jacobian = out[1:] - out[0]
+    return out[0], jacobian.T @ jacobian
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded_noise(shape, seed=5):
+    g = torch.Generator().manual_seed(seed)
+    return lambda i: torch.randn(shape, dtype=torch.float64, generator=g)
+
+
+def toy_eps(x, t):
+    """Not affine, depends on t; its x^_0 leaves [-1, 1]."""
+    return torch.sin(2 * x) + 0.3 * x + torch.cos(t / 150.0).view(-1, 1, 1, 1)
+
+
+def record(into):
+    def on_step(i, t, x):
+        into.append((i, t, x.clone()))
+        return x
+
+    return on_step
+
+
+# DDPM ----------------------------------------------------------------------------------------------------------------
+
+
+def ddpm_moments(mu, cov, pairs, variance):
+    """Conditioning Gaussians, E[x_s | x_t] has the slope G = sqrt(abar_t / abar_s) V_s V_t^-1, where V_t = Cov(x_t).
+
+    The samples' covariance is P <- G P G' + var I from P = I, with var = beta or, by Bayes, beta~, and 0 at the last step.
+    """
+    eye = np.eye(len(mu))
+    mean, P = 0 * mu, eye
+    for t, s in pairs:
+        a, b = ABAR[t], ABAR[s] if s >= 0 else 1.0
+        beta = 1 - a / b
+        G = math.sqrt(1 - beta) * (b * cov + (1 - b) * eye) @ np.linalg.inv(a * cov + (1 - a) * eye)
+        mean = math.sqrt(b) * mu + G @ (mean - math.sqrt(a) * mu)
+        var = 0 if s < 0 else beta if variance == "fixed-large" else 1 / (1 / (1 - b) + (1 - beta) / beta)
+        P = G @ P @ G.T + var * eye
+    return mean, P
+
+
+@pytest.mark.parametrize("variance", ["fixed-small", "fixed-large"])
+def test_eq5_gaussian_data(variance):
+    def sample(x_T, noise):
+        return ddpm_sample(gaussian_eps(MU, COV), SCHEDULE, x_T, clip=False, variance=variance, noise=noise)
+
+    mean, cov = exact_moments(sample, 3, 1000)
+    expected_mean, expected_cov = ddpm_moments(MU, COV, [(t, t - 1) for t in reversed(range(1000))], variance)
+    np.testing.assert_allclose(mean, expected_mean, rtol=1e-9)
+    np.testing.assert_allclose(cov, expected_cov, rtol=1e-7, atol=1e-9)
+    # T = 1000 is large: nearly the data
+    np.testing.assert_allclose(mean, MU, atol=0.01)
+    np.testing.assert_allclose(cov, COV, atol=0.03)
+
+
+def test_eq5_default_is_fixed_large():
+    x_T = draw(4, 3)
+    runs = [ddpm_sample(gaussian_eps(MU, COV), SCHEDULE, x_T, 20, clip=False, noise=seeded_noise((4, 3)), **kw)
+            for kw in ({}, dict(variance="fixed-large"), dict(variance="fixed-small"))]
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.allclose(runs[0], runs[2], atol=1e-3)
+
+
+def test_eq5_draws_its_own_noise():
+    """Without `noise` the seed decides, and the samples have the variance of the closed form."""
+    def run():
+        torch.manual_seed(0)
+        return ddpm_sample(line_eps(0.25), SCHEDULE, draw(20_000, 1), 100, clip=False)
+
+    x = run()
+    _, cov = ddpm_moments(np.zeros(1), 0.25 * np.eye(1), ddpm_timesteps(1000, 100), "fixed-large")
+    assert x.var().item() == pytest.approx(cov.item(), rel=0.05)
+    assert torch.equal(x, run())
+
+
+@pytest.mark.parametrize("ray_units, expected", [("pixel", (0.87, 0.77, 0.44, 0.18)), ("eps", (0.95, 0.95, 0.93, 0.89))])
+def test_eq10_shrinks_gaussian_data(ray_units, expected):
+    """Sampling with Eq. 10's minimiser for N(0, v), k = s (1 + c) / (abar v + s^2 (1 + c)): std / sqrt(v) below 1."""
+    for v, ratio in zip((1.0, 0.25, 0.04, 0.01), expected):
+        def k_eps(x, t, v=v):
+            s2 = 1 - ABAR[t[0]]
+            c = 0.3 / math.sqrt(3) * (s2 + 1.25 * 8 / 255) / (s2 if ray_units == "pixel" else math.sqrt(s2))
+            return math.sqrt(s2) * (1 + c) / (ABAR[t[0]] * v + s2 * (1 + c)) * x
+
+        def sample(x_T, noise, model=k_eps):
+            return ddpm_sample(model, SCHEDULE, x_T, clip=False, variance="fixed-small", noise=noise)
+
+        assert math.sqrt(exact_moments(sample, 1, 1000)[1].item() / v) == pytest.approx(ratio, abs=0.006)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("variance", ["fixed-large", "fixed-small"])
+@pytest.mark.parametrize("steps", [1000, 37])
+def test_ddpm_against_diffusers(variance, clip, steps):
+    """The whole trajectory. diffusers re-derives the betas for a list of timesteps: `respaced`."""
+    diffusers = pytest.importorskip("diffusers")
+    ref = diffusers.DDPMScheduler(1000, variance_type=variance.replace("-", "_"), clip_sample=clip)
+    ref.alphas_cumprod, ref.one = torch.from_numpy(ABAR), torch.ones((), dtype=torch.float64)
+    if steps == 1000:
+        ref.set_timesteps(1000)  # timestep_spacing="leading"
+    else:
+        ref.set_timesteps(timesteps=np.linspace(999, 0, steps).round().astype(int).tolist())
+    x_T, g, ours, theirs = draw(2, 3, 4, 4), torch.Generator().manual_seed(5), [], []
+    x = x_T
+    for t in ref.timesteps:
+        theirs.append(x)
+        x = ref.step(toy_eps(x, t.view(1)), t, x, generator=g).prev_sample
+    final = ddpm_sample(toy_eps, SCHEDULE, x_T, steps, clip=clip, variance=variance, noise=seeded_noise(x_T.shape),
+                        on_step=record(ours))
+    assert [t for _, t, _ in ours] == ref.timesteps.tolist()
+    scale = max(1.0, x.abs().max().item())
+    for (_, _, a), b in zip(ours + [(0, 0, final)], theirs + [x]):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9 * scale)
+
+
+# spacing -------------------------------------------------------------------------------------------------------------
+
+
+def test_spacing_timesteps():
+    assert ddpm_timesteps(1000, 4) == [(999, 666), (666, 333), (333, 0), (0, -1)]
+    assert ddpm_timesteps(1000, 4, "naive") == [(999, 998), (666, 665), (333, 332), (0, -1)]
+    assert ddpm_timesteps(1000, 4, "truncated") == [(3, 2), (2, 1), (1, 0), (0, -1)]
+    assert ddpm_timesteps(1000, 1) == [(999, -1)]
+    assert ddim_timesteps(1000, 4) == [(750, 500), (500, 250), (250, 0), (0, -1)]
+    assert ddim_timesteps(10, 3) == [(6, 3), (3, 0), (0, -1)]
+    for steps in (1, 2, 300, 500, 999, 1000):  # no step twice, however the rounding falls
+        for pairs in (ddpm_timesteps(1000, steps), ddim_timesteps(1000, steps)):
+            ts = [t for t, _ in pairs]
+            assert len(set(ts)) == steps and ts == sorted(ts, reverse=True) and [p for _, p in pairs] == ts[1:] + [-1]
+
+
+def test_spacing_rules_agree_at_all_steps():
+    x_T = draw(3, 3, 4, 4)
+    runs = [ddpm_sample(toy_eps, SCHEDULE, x_T, steps, spacing, noise=seeded_noise(x_T.shape))
+            for steps, spacing in ((None, "respaced"), (1000, "respaced"), (1000, "naive"), (1000, "truncated"))]
+    assert all(torch.equal(runs[0], run) for run in runs[1:])
+
+
+def sampled_moments(v, mu, steps, spacing, variance):
+    def sample(x_T, noise):
+        return ddpm_sample(line_eps(v, mu), SCHEDULE, x_T, steps, spacing, clip=False, variance=variance, noise=noise)
+
+    mean, cov = exact_moments(sample, 1, steps)
+    return mean.item(), cov.item()
+
+
+def test_respaced_keeps_unit_variance():
+    """For N(0, 1) the re-derived beta is the exact reverse variance: every x_t is N(0, 1), and x_0 keeps abar_0 of it, as
+    the last step adds no noise."""
+    for steps in (5, 50, 300):
+        assert sampled_moments(1.0, 0.0, steps, "respaced", "fixed-large")[1] == pytest.approx(ABAR[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("variance", ["fixed-small", "fixed-large"])
+def test_spacing_on_gaussian_data(variance):
+    """All three rules against the closed form; respaced alone ends near the data N(0.5, 0.25)."""
+    ts = np.linspace(999, 0, 100).round().astype(int).tolist()
+    pairs = dict(respaced=list(zip(ts, ts[1:] + [-1])), naive=[(t, t - 1) for t in ts],
+                 truncated=[(t, t - 1) for t in reversed(range(100))])
+    for spacing in pairs:
+        mean, cov = ddpm_moments(np.array([0.5]), np.array([[0.25]]), pairs[spacing], variance)
+        ours = sampled_moments(0.25, 0.5, 100, spacing, variance)
+        assert ours == pytest.approx((mean.item(), cov.item()), rel=1e-9)
+        near = abs(ours[0] - 0.5) < 0.01 and abs(ours[1] - 0.25) < 0.05
+        assert near == (spacing == "respaced"), ours
+
+
+# details of the loop -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler, pairs", [
+    (lambda *a, **k: ddpm_sample(*a, 7, **k), ddpm_timesteps(1000, 7)),
+    (lambda *a, **k: ddpm_sample(*a, 7, "naive", **k), ddpm_timesteps(1000, 7, "naive")),
+    (lambda *a, **k: ddpm_sample(*a, 7, "truncated", **k), ddpm_timesteps(1000, 7, "truncated")),
+    (lambda *a, **k: ddim_sample(*a, 7, **k), ddim_timesteps(1000, 7)),
+])
+def test_on_step_sees_and_changes_every_step(sampler, pairs):
+    seen, fed = [], []
+
+    def model(x, t):
+        fed.append((t.tolist(), x.clone()))
+        return toy_eps(x, t)
+
+    def shift(i, t, x):
+        seen.append((i, t))
+        return x + 0.1
+
+    x_T = draw(2, 3, 4, 4)
+    out = sampler(model, SCHEDULE, x_T, on_step=shift)
+    assert seen == [(i, t) for i, (t, _) in enumerate(pairs)]
+    assert [t for t, _ in fed] == [[t, t] for t, _ in pairs]
+    assert torch.equal(fed[0][1], x_T + 0.1)
+    assert out.shape == x_T.shape and out.dtype == x_T.dtype
+
+
+@pytest.mark.parametrize("sampler", [ddpm_sample, ddim_sample, heun_sample])
+def test_clipping_enters_the_chain(sampler):
+    """A network that believes x_0 = 3: the samples are 3, but with clipping 1, and every x_t on the way differs too."""
+    x_T, seen = draw(2, 3, 4, 4), {True: [], False: []}
+    for clip in (True, False):
+        def model(x, t, clip=clip):
+            seen[clip].append(x.clone())
+            return (x - math.sqrt(ABAR[t[0]]) * 3) / math.sqrt(1 - ABAR[t[0]])
+
+        noise = {} if sampler is heun_sample else dict(noise=seeded_noise(x_T.shape))
+        out = sampler(model, SCHEDULE, x_T, steps=20, clip=clip, **noise)
+        torch.testing.assert_close(out, torch.full_like(x_T, 1.0 if clip else 3.0))
+    assert all((a - b).abs().min() > 1e-3 for a, b in zip(seen[True][1:], seen[False][1:]))
+
+
+@pytest.mark.parametrize("kw", [dict(spacing="respaced"), dict(spacing="naive"), dict(spacing="truncated")])
+@pytest.mark.parametrize("variance", ["fixed-large", "fixed-small"])
+def test_no_noise_at_the_last_step(kw, variance):
+    x_T = draw(2, 3, 4, 4)
+
+    def run(silent):
+        return ddpm_sample(toy_eps, SCHEDULE, x_T, 5, clip=False, variance=variance, **kw,
+                           noise=lambda i: torch.full_like(x_T, 0.0 if i == silent else 1.0))
+
+    usual = run(None)
+    assert torch.equal(run(4), usual)
+    assert not torch.equal(run(3), usual)
+
+
+def test_bad_arguments():
+    x_T = draw(1, 3)
+    for steps in (0, -1, 1001):
+        for sampler in (ddpm_sample, ddim_sample):
+            with pytest.raises(ValueError, match=str(steps)):
+                sampler(toy_eps, SCHEDULE, x_T, steps)
+    with pytest.raises(ValueError, match="even"):
+        ddpm_sample(toy_eps, SCHEDULE, x_T, 10, "even")
+    for kw in (dict(steps=0), dict(t_start=1000), dict(t_start=-1)):
+        with pytest.raises(ValueError, match="heun"):
+            heun_sample(toy_eps, SCHEDULE, x_T, **kw)
+
+
+# DDIM ----------------------------------------------------------------------------------------------------------------
+
+
+def test_ddim_gaussian_data():
+    """eta = 0: x'_t - sqrt(abar') mu = (sqrt(abar abar') C + s s' I) V_t^-1 (x_t - sqrt(abar) mu), step by step."""
+    mean, A = -math.sqrt(ABAR[950]) * MU, np.eye(3)
+    for t in range(950, -1, -50):
+        a, b = ABAR[t], ABAR[t - 50] if t > 0 else 1.0
+        step = math.sqrt(a * b) * COV + math.sqrt((1 - a) * (1 - b)) * np.eye(3)
+        A = step @ np.linalg.inv(a * COV + (1 - a) * np.eye(3)) @ A
+
+    def sample(steps):
+        return lambda x_T, noise: ddim_sample(gaussian_eps(MU, COV), SCHEDULE, x_T, steps, clip=False)
+
+    ours_mean, ours_cov = exact_moments(sample(20), 3, 0)
+    np.testing.assert_allclose(ours_mean, MU + A @ mean, rtol=1e-9)
+    np.testing.assert_allclose(ours_cov, A @ A.T, rtol=1e-9, atol=1e-12)
+    # many steps: the data
+    ours_mean, ours_cov = exact_moments(sample(1000), 3, 0)
+    np.testing.assert_allclose(ours_mean, MU, atol=0.02)
+    np.testing.assert_allclose(ours_cov, COV, atol=0.02)
+
+
+def test_ddim_eta_1_is_ddpm_fixed_small():
+    x_T = draw(2, 3, 4, 4)
+    ours = ddim_sample(toy_eps, SCHEDULE, x_T, 1000, eta=1.0, clip=False, noise=seeded_noise(x_T.shape))
+    ddpm = ddpm_sample(toy_eps, SCHEDULE, x_T, clip=False, variance="fixed-small", noise=seeded_noise(x_T.shape))
+    torch.testing.assert_close(ours, ddpm, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+@pytest.mark.parametrize("clip", [True, False])
+def test_ddim_against_diffusers(eta, clip):
+    diffusers = pytest.importorskip("diffusers")
+    ref = diffusers.DDIMScheduler(1000, clip_sample=clip, set_alpha_to_one=True, timestep_spacing="leading")
+    ref.alphas_cumprod, ref.final_alpha_cumprod = torch.from_numpy(ABAR), torch.ones((), dtype=torch.float64)
+    ref.set_timesteps(100)
+    x_T, noise, ours, theirs = draw(2, 3, 4, 4), seeded_noise((2, 3, 4, 4)), [], []
+    x = x_T
+    for i, t in enumerate(ref.timesteps):
+        theirs.append(x)
+        x = ref.step(toy_eps(x, t.view(1)), t, x, eta=eta, variance_noise=noise(i) if eta > 0 else None).prev_sample
+    final = ddim_sample(toy_eps, SCHEDULE, x_T, 100, eta, clip, noise=seeded_noise(x_T.shape), on_step=record(ours))
+    assert [t for _, t, _ in ours] == ref.timesteps.tolist()
+    for (_, _, a), b in zip(ours + [(0, 0, final)], theirs + [x]):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+# EDM -----------------------------------------------------------------------------------------------------------------
+
+
+def test_heun_timesteps():
+    """The noise levels are EDM's, sigma^(1/7) evenly spaced, up to the rounding to the schedule."""
+    sigma = np.sqrt((1 - ABAR) / ABAR)
+    ts = heun_timesteps(SCHEDULE, 10)
+    assert ts[0] == 999 and ts[-1] == 0 and len(ts) == 10
+    gaps = np.diff(sigma[ts] ** (1 / 7))
+    np.testing.assert_allclose(gaps, gaps.mean(), rtol=0.15)
+    assert heun_timesteps(SCHEDULE, 10, t_start=100)[0] == 100
+    assert heun_timesteps(SCHEDULE, 1, t_start=100) == [100]
+
+
+def test_heun_calls():
+    calls = []
+
+    def model(x, t):
+        calls.append(t[0].item())
+        return 0 * x
+
+    heun_sample(model, SCHEDULE, draw(2, 3), 10)
+    assert len(calls) == 2 * 10 - 1 and calls[0] == 999 and calls[-1] == 0
+
+
+def test_heun_gaussian_data():
+    def sample(x_T, noise):
+        return heun_sample(gaussian_eps(MU, COV), SCHEDULE, x_T, 100, clip=False)
+
+    mean, cov = exact_moments(sample, 3, 0)
+    np.testing.assert_allclose(mean, MU, atol=0.01)  # N(0, I) lacks the mean sqrt(abar_T) mu of x_T
+    np.testing.assert_allclose(cov, COV, atol=4e-3)
+
+
+def test_heun_is_second_order():
+    """On N(0, 1) twice the steps leave a quarter of the error (Euler: half).
+
+    The ODE's solution is proportional to sqrt(1 + sigma^2); the step to sigma = 0 returns the posterior mean x / (1 + sigma^2).
+    """
+    sigma = np.sqrt((1 - ABAR) / ABAR)
+    exact = math.sqrt((1 + sigma[0] ** 2) / (1 + sigma[-1] ** 2)) / (1 + sigma[0] ** 2) / math.sqrt(ABAR[-1])
+    x_T = torch.ones(1, 1, dtype=torch.float64)
+    errors = [heun_sample(line_eps(1.0), SCHEDULE, x_T, steps, clip=False).item() - exact for steps in (10, 20)]
+    assert 3.2 < errors[0] / errors[1] < 6, errors
+
+
+def test_heun_from_t_start():
+    """Started from the marginal of x_t at t_start, it returns the data."""
+    v, mu, t = 0.25, 0.5, 300
+    start = (math.sqrt(ABAR[t]) * mu, math.sqrt(ABAR[t] * v + 1 - ABAR[t]))
+
+    def sample(x, noise):
+        return heun_sample(line_eps(v, mu), SCHEDULE, start[0] + start[1] * x, 40, clip=False, t_start=t)
+
+    mean, cov = exact_moments(sample, 1, 0)
+    assert mean.item() == pytest.approx(mu, abs=1e-3) and cov.item() == pytest.approx(v, rel=5e-3)
+
+
+def test_heun_churn():
+    """Noise added and removed again: the data's moments stay, the samples change; outside [S_min, S_max] nothing does."""
+    def sample(**kw):
+        return lambda x_T, noise: heun_sample(line_eps(0.25, 0.5), SCHEDULE, x_T, 50, clip=False, noise=noise, **kw)
+
+    mean, cov = exact_moments(sample(S_churn=6.0), 1, 50)
+    assert mean.item() == pytest.approx(0.5, abs=5e-3) and cov.item() == pytest.approx(0.25, rel=0.03)
+    noisier = exact_moments(sample(S_churn=6.0, S_noise=1.5), 1, 50)[1]
+    assert noisier.item() > 1.05 * cov.item()
+
+    x_T = draw(4, 1)
+    plain = sample()(x_T, None)
+    assert not torch.allclose(sample(S_churn=6.0)(x_T, seeded_noise(x_T.shape)), plain, atol=1e-3)
+    assert torch.equal(sample(S_churn=6.0, S_min=1e3)(x_T, seeded_noise(x_T.shape)), plain)

@@ -1,0 +1,245 @@
+"""train.py and sample.py as commands: determinism, resuming, processes, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import metrics
+import sample
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = "--model tiny --image-size 8 --data synthetic:64 --batch-size 8 --device cpu --sample-every 0 --log-every 1".split()
+NOISY = "--p 0.9 --sigma 0.2".split()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Bitwise equality holds for equal thread counts; torchrun gives its processes one thread each."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+
+
+def call(script, *args):
+    """script.main() in this process -> exit code."""
+    old, sys.argv = sys.argv, [f"{script.__name__}.py", *map(str, args)]
+    try:
+        metrics.cli(script.main)
+    except SystemExit as e:
+        return e.code
+    finally:
+        sys.argv = old
+    return 0
+
+
+def torchrun(script, *args, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--"]
+    command.append(ROOT / script)
+    done = subprocess.run([*command, *map(str, args)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def weights(out):
+    ckpt = torch.load(out / "ckpt.pt", weights_only=True)
+    return torch.cat([v.flatten() for part in ("model", "ema") for v in ckpt[part].values()]), ckpt
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Ten steps of Robust_adv, uninterrupted."""
+    out = tmp_path_factory.mktemp("adv")
+    assert call(train, *SMALL, *NOISY, "--robust", "adv", "--iters", 10, "--warmup", 2, "--out", out) == 0
+    return out
+
+
+def test_run_leaves_its_files(checkpoint):
+    assert {"ckpt.pt", "metrics.jsonl", "metrics.json", "loss.png", "grid.png"} <= {f.name for f in checkpoint.iterdir()}
+    lines = [json.loads(line) for line in (checkpoint / "metrics.jsonl").read_text().splitlines()]
+    assert [d["step"] for d in lines] == list(range(1, 11))
+    assert all(abs(d["loss"] - d["L_DM"] - d["L_reg"]) < 1e-5 and d["grad_norm"] > 0 for d in lines)
+    record = json.loads((checkpoint / "metrics.json").read_text())
+    assert {"command", "commit", "seed", "versions", "device", "n", "wall_seconds", "lambda_t", "delta"} <= record.keys()
+
+
+def test_kill_and_resume_equals_uninterrupted(checkpoint, tmp_path):
+    args = [*SMALL, *NOISY, "--robust", "adv", "--warmup", "2", "--out", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *args, "--iters", "100000", "--save-every", "3"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (tmp_path / "ckpt.pt").exists() and time.time() < deadline:
+        time.sleep(0.002)
+    process.kill()  # SIGKILL
+    assert process.wait() == -signal.SIGKILL
+    step = weights(tmp_path)[1]["step"]
+    if step >= 10:
+        pytest.skip("this machine trained 10 steps before the kill arrived")
+    assert call(train, "--resume", "--iters", 10, "--out", tmp_path, "--device", "cpu", "--sample-every", 0) == 0
+    assert torch.equal(weights(tmp_path)[0], weights(checkpoint)[0])  # bit for bit
+
+
+def test_sigterm_saves_and_exits_cleanly(checkpoint, tmp_path, monkeypatch):
+    real, calls = train.seed_at, []
+
+    def seed_at(seed, k, stream):  # the signal arrives in the middle of step 4
+        calls.append(stream)
+        if calls.count(2) == 4 and stream == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(seed, k, stream)
+
+    monkeypatch.setattr(train, "seed_at", seed_at)
+    args = [*SMALL, *NOISY, "--robust", "adv", "--iters", 10, "--warmup", 2, "--out", tmp_path]
+    assert call(train, *args) == 0
+    assert weights(tmp_path)[1]["step"] == 4
+    monkeypatch.setattr(train, "seed_at", real)
+    assert call(train, *args, "--resume") == 0
+    assert torch.equal(weights(tmp_path)[0], weights(checkpoint)[0])
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 11))  # none lost, none twice
+
+
+def test_two_processes_and_accumulation_equal_one_process(checkpoint, tmp_path):
+    args = [*SMALL, *NOISY, "--robust", "adv", "--iters", "10", "--warmup", "2"]
+    torchrun("train.py", *args, "--out", tmp_path / "two")
+    assert call(train, *args, "--accum", 4, "--out", tmp_path / "accum") == 0
+    one = weights(checkpoint)[0]
+    assert (weights(tmp_path / "two")[0] - one).abs().max() < 1e-6
+    assert (weights(tmp_path / "accum")[0] - one).abs().max() < 1e-6
+
+
+def test_streamed_data_trains_the_same(checkpoint, tmp_path, monkeypatch):
+    class Streamed(train.CorruptedImages):
+        def __init__(self, *args):
+            super().__init__(*args, budget=0)
+
+    monkeypatch.setattr(train, "CorruptedImages", Streamed)
+    assert call(train, *SMALL, *NOISY, "--robust", "adv", "--iters", 10, "--warmup", 2, "--out", tmp_path) == 0
+    assert torch.equal(weights(tmp_path)[0], weights(checkpoint)[0])
+
+
+def test_image_i_depends_on_seed_and_i_alone(checkpoint, tmp_path):
+    def images(name, *args, run=call, script=sample):
+        args = ["--ckpt", checkpoint / "ckpt.pt", "--steps", 5, "--device", "cpu", "--out", tmp_path / name, "--no-png", *args]
+        run(script, *args)
+        return np.load(tmp_path / name / "samples.npz")["images"]
+
+    reference = images("64", "--n", 16, "--batch-size", 64)
+    assert reference.std() > 0
+    assert np.array_equal(images("7", "--n", 16, "--batch-size", 7), reference)
+    assert np.array_equal(images("1", "--n", 5, "--batch-size", 1), reference[:5])
+    assert np.array_equal(images("two", "--n", 16, run=torchrun, script="sample.py"), reference)
+    assert not np.array_equal(images("seed", "--n", 16, "--seed", 1), reference)
+
+
+def test_init_starts_from_the_ema_weights(checkpoint, tmp_path):
+    assert call(train, *SMALL, "--iters", 1, "--lr", 0, "--init", checkpoint / "ckpt.pt", "--out", tmp_path) == 0
+    old, new = weights(checkpoint)[1]["ema"], weights(tmp_path)[1]["model"]
+    assert all(torch.equal(old[k], new[k]) for k in old)
+
+
+def test_compiled_attack_and_loss_equal_eager(tmp_path):
+    """The frozen-weight graph of the attack and the training graph are two compilations of one module."""
+    import losses
+    from unet import PRESETS, UNet
+
+    torch.manual_seed(0)
+    net = UNet(**PRESETS["tiny"])
+    torch.nn.init.normal_(net.conv_out.weight, std=0.02)  # the zero it starts with would hide the attack
+    x0, eps, u = torch.randn(3, 2, 3, 8, 8)
+    t, beta = torch.tensor([30, 600]), torch.tensor([0.7, 1.6])
+    values = []
+    for model in (net, torch.compile(net, backend="aot_eager")):
+        loss, _ = losses.robust_loss(model, losses.NoiseSchedule(), x0, t, eps, beta=beta, u=u)
+        grads = torch.autograd.grad(loss, list(net.parameters()))
+        values.append(torch.cat([loss.flatten(), *[g.flatten() for g in grads]]))
+    assert torch.allclose(*values, rtol=1e-4, atol=1e-6)
+
+
+def test_non_finite_loss_names_step_and_checkpoint(checkpoint, tmp_path):
+    message = call(train, *SMALL, "--iters", 20, "--lr", 1e30, "--warmup", 0, "--out", tmp_path, "--save-every", 1)
+    assert "the loss of step" in message and "not finite" in message and "ckpt.pt" in message
+    assert torch.isfinite(weights(tmp_path)[0]).all() or weights(tmp_path)[1]["step"] == 1
+
+
+def bad(capsys, script, *args):
+    """Exit code 2 and exactly one line on stderr, which is returned."""
+    assert call(script, *args) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "step/s" not in line]  # tqdm's bar
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_train_refuses_bad_input(capsys, tmp_path, checkpoint):
+    def refuse(*args):
+        return bad(capsys, train, *SMALL, "--iters", 1, "--out", tmp_path / "o", *args)
+
+    assert "--p 1.5" in refuse("--p", 1.5, "--sigma", 0.2)
+    assert "--sigma -0.1" in refuse("--p", 0.5, "--sigma", -0.1)
+    assert "--p 0.9" in refuse("--p", 0.9)
+    assert "no such folder" in refuse("--data", "folder:/nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "holds no images" in refuse("--data", f"folder:{tmp_path}/empty")
+    assert "imagenet: unknown data set" in refuse("--data", "imagenet")
+    assert "--image-size 10" in refuse("--image-size", 10)
+    assert "larger than" in refuse("--batch-size", 65)
+    assert "--batch-size 8" in refuse("--accum", 3)
+    assert "--lam" in refuse("--lam", 0.5)  # without effect under --robust none
+    assert "no such checkpoint" in refuse("--resume")
+    assert "no such checkpoint" in refuse("--init", tmp_path / "nothing.pt")
+    assert "--resume with --init" in bad(capsys, train, "--resume", "--init", "x", "--out", checkpoint)
+    assert "was trained with adv" in bad(capsys, train, "--resume", "--robust", "ran", "--out", checkpoint)
+    assert "holds a checkpoint" in bad(capsys, train, *SMALL, "--out", checkpoint)
+    other = torch.load(checkpoint / "ckpt.pt", weights_only=True)
+    other["config"] = other["config"] | {"channels": [32, 64, 64]}
+    torch.save(other, tmp_path / "other.pt")
+    assert "other.pt" in refuse("--init", tmp_path / "other.pt")
+    if not torch.cuda.is_available():
+        assert "no CUDA GPU" in refuse("--device", "cuda")
+    (tmp_path / "file").write_text("")
+    assert "file" in bad(capsys, train, *SMALL, "--out", tmp_path / "file" / "sub")
+    assert not (tmp_path / "o" / "ckpt.pt").exists()
+
+
+def test_sample_refuses_bad_input(capsys, tmp_path, checkpoint):
+    def refuse(*args):
+        return bad(capsys, sample, "--out", tmp_path / "s", "--device", "cpu", *args)
+
+    good = checkpoint / "ckpt.pt"
+    assert "--n 0" in refuse("--ckpt", good, "--n", 0)
+    assert "--steps 0" in refuse("--ckpt", good, "--steps", 0)
+    assert "--steps 1001" in refuse("--ckpt", good, "--steps", 1001, "--sampler", "ddim")
+    assert "--spacing naive" in refuse("--ckpt", good, "--spacing", "naive", "--sampler", "ddim")
+    assert "--eta 2" in refuse("--ckpt", good, "--eta", 2, "--sampler", "ddim")
+    assert "no such checkpoint" in refuse("--ckpt", tmp_path / "none.pt")
+    (tmp_path / "short.pt").write_bytes(good.read_bytes()[:1000])
+    assert "truncated" in refuse("--ckpt", tmp_path / "short.pt")
+    assert "no config.json" in refuse("--ckpt", tmp_path)
+    assert "no such file" in refuse("--ckpt", good, "--n", 4, "--fid", "--inception-weights", tmp_path / "none.pth")
+
+
+def test_full_disk_keeps_the_previous_checkpoint(capsys, tmp_path, checkpoint, monkeypatch):
+    out = tmp_path / "run"
+    assert call(train, *SMALL, "--iters", 2, "--out", out) == 0
+    before = (out / "ckpt.pt").read_bytes()
+    capsys.readouterr()
+
+    def fsync(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert "No space left" in bad(capsys, train, "--resume", "--iters", 4, "--device", "cpu", "--out", out)
+    assert (out / "ckpt.pt").read_bytes() == before
+    assert not list(out.glob("*.tmp"))

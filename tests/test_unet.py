@@ -1,0 +1,267 @@
+"""The U-Net against diffusers' UNet2DModel, its files and its failure modes."""
+
+import errno
+import json
+import pickle
+
+import pytest
+import torch
+
+from unet import PRESETS, UNet, load_checkpoint, save_checkpoint
+
+CONFIG = dict(
+    sample_size=32, in_channels=3, out_channels=3, layers_per_block=2, block_out_channels=(128, 256, 256, 256),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), attention_head_dim=None,
+    downsample_padding=0, norm_eps=1e-6, flip_sin_to_cos=False, freq_shift=1)  # google/ddpm-cifar10-32
+SMALL = dict(CONFIG, layers_per_block=1, block_out_channels=(32, 64), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+             up_block_types=("AttnUpBlock2D", "UpBlock2D"))
+
+
+def reference(**config):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    return diffusers.UNet2DModel(**config).eval()
+
+
+def inputs(n=2, size=32):
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(n, 3, size, size, generator=g), torch.tensor([7, 993])[:n]
+
+
+def random_net(seed=0, **config):
+    """A network whose zero-initialised layers are not zero."""
+    torch.manual_seed(seed)
+    net = UNet(**(config or PRESETS["tiny"])).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.03 * torch.randn_like(p))
+    return net
+
+
+def one_line(error, *names):
+    text = str(error.value)
+    return "\n" not in text and all(str(name) in text for name in names)
+
+
+@torch.no_grad()
+def agree(net, ref, size=32, atol=1e-5):
+    x, t = inputs(size=size)
+    expected = ref(x, t).sample
+    assert expected.std() > 0.1  # not a network that returns nothing
+    return (net(x, t) - expected).abs().max() < atol
+
+
+# diffusers -----------------------------------------------------------------------------------------------------------
+
+
+def test_parity_with_diffusers():
+    """google/ddpm-cifar10-32's graph."""
+    ref = reference(**CONFIG)
+    net = UNet.from_diffusers(ref.state_dict())
+    assert not net.training and agree(net, ref)
+    assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in ref.parameters()) == 35_746_307
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_from_diffusers_folder(safe, tmp_path):
+    """.safetensors or .bin, the model itself or a pipeline's folder around it."""
+    ref = reference(**SMALL)
+    ref.save_pretrained(tmp_path / "unet", safe_serialization=safe)
+    assert agree(UNet.from_diffusers(tmp_path / "unet"), ref, size=16)
+    assert agree(UNet.from_diffusers(str(tmp_path)), ref, size=16)
+
+
+def test_ddpm_preset_is_that_graph():
+    with torch.device("meta"):
+        net = UNet(**PRESETS["ddpm"])
+    assert sum(p.numel() for p in net.parameters()) == 35_746_307
+
+
+def test_old_attention_names_load():
+    """Files of 2022 say query, key, value, proj_attn, and may store them as 1x1 convolutions."""
+    ref = reference(**SMALL)
+    old = {}
+    for key, value in ref.state_dict().items():
+        for a, b in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            key = key.replace(f".{a}.", f".{b}.")
+        old[key] = value
+    assert any("query" in key for key in old) and any("proj_attn" in key for key in old)
+    assert agree(UNet.from_diffusers(old), ref, size=16)
+    for key in old:
+        if key.endswith(("query.weight", "key.weight", "value.weight")):
+            old[key] = old[key][:, :, None, None]
+    assert agree(UNet.from_diffusers(old), ref, size=16)
+
+
+@pytest.mark.parametrize("change", [
+    dict(norm_eps=1e-5), dict(attention_head_dim=8), dict(downsample_padding=1), dict(flip_sin_to_cos=True),
+    dict(freq_shift=0), dict(act_fn="gelu"), dict(resnet_time_scale_shift="scale_shift"), dict(out_channels=6),
+    dict(add_attention=False), dict(up_block_types=("UpBlock2D", "UpBlock2D")),
+], ids=lambda change: next(iter(change)))
+def test_refuses_another_config(change, tmp_path):
+    """Other arithmetic under the same names must not load silently."""
+    reference(**dict(SMALL, **change)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="ddpm-cifar10-32 family") as error:
+        UNet.from_diffusers(tmp_path)
+    assert one_line(error)
+
+
+def test_refuses_a_config_that_leaves_a_default_of_diffusers(tmp_path):
+    """diffusers fills in norm_eps = 1e-5 where the file is silent."""
+    reference(**SMALL).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["norm_eps"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="norm_eps"):
+        UNet.from_diffusers(tmp_path)
+
+
+def test_refuses_what_is_no_diffusers_folder(tmp_path):
+    with pytest.raises(ValueError, match="config.json"):
+        UNet.from_diffusers(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError) as error:
+        UNet.from_diffusers(tmp_path)
+    assert one_line(error, tmp_path)
+    with pytest.raises(ValueError, match="family"):
+        UNet.from_diffusers({"weight": torch.zeros(3)})
+
+
+# the network ---------------------------------------------------------------------------------------------------------
+
+
+def test_starts_at_zero():
+    """DDPM's initialisation: a new network predicts 0."""
+    x, t = inputs(size=16)
+    assert UNet(**PRESETS["tiny"])(x, t).abs().max() == 0
+
+
+def test_sees_x_and_t():
+    net, (x, t) = random_net(), inputs(size=16)
+    with torch.no_grad():
+        y = net(x, t)
+        assert (net(x, t + 3) - y).abs().max() > 1e-3
+        assert (net(x.flip(3), t) - y).abs().max() > 1e-3
+        torch.testing.assert_close(net(x[:1], t[:1]), y[:1], rtol=0, atol=1e-5)  # a row depends on its own inputs
+
+
+def test_channels_last_is_the_same():
+    net, (x, t) = random_net(), inputs(size=16)
+    with torch.no_grad():
+        expected = net(x, t)
+        net = net.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(net(x.to(memory_format=torch.channels_last), t), expected, rtol=0, atol=1e-5)
+
+
+def test_float64_input_and_network():
+    net, (x, t) = random_net(), inputs(size=16)
+    with torch.no_grad():
+        expected = net(x, t)
+        y = net.double()(x.double(), t)
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y.float(), expected, rtol=0, atol=1e-4)
+
+
+def test_compiles_without_a_break():
+    net, (x, t) = random_net(), inputs(size=16)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, t), net(x, t), rtol=0, atol=1e-5)
+
+
+def test_size_must_halve():
+    net = UNet(**PRESETS["tiny"])  # three resolutions
+    for shape in ((18, 16), (16, 15)):
+        with pytest.raises(ValueError, match=f"{shape[0]}x{shape[1]}.*4"):
+            net(torch.zeros(1, 3, *shape), torch.zeros(1, dtype=torch.long))
+
+
+# checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def tiny_checkpoint():
+    nets = [random_net(seed, channels=[32, 32], attention=[False, True], blocks=1, dropout=0.2) for seed in (0, 1)]
+    return dict(kind="unet", config=nets[0].config, model=nets[0].state_dict(), ema=nets[1].state_dict()), nets
+
+
+def test_load_round_trip(tmp_path):
+    """EMA by default, in eval mode, from the path or the dict."""
+    ckpt, (raw, ema) = tiny_checkpoint()
+    save_checkpoint(tmp_path / "a.pt", ckpt)
+    x, t = inputs(size=16)
+    for source in (tmp_path / "a.pt", str(tmp_path / "a.pt"), ckpt):
+        net = UNet.load(source)
+        assert not net.training and net.config == ema.config
+        assert torch.equal(net(x, t), ema(x, t))
+        assert torch.equal(UNet.load(source, ema=False)(x, t), raw(x, t))
+    assert not torch.equal(raw(x, t), ema(x, t))
+
+
+def test_load_refuses_another_network(tmp_path):
+    save_checkpoint(tmp_path / "a.pt", dict(kind="mlp", config={}, model={}, ema={}))
+    with pytest.raises(ValueError) as error:
+        UNet.load(tmp_path / "a.pt")
+    assert one_line(error, tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed\nat x.cpp")])
+def test_failed_save_leaves_the_previous_file(failure, tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, dict(step=1))
+    before = path.read_bytes()
+
+    def full_disk(ckpt, f, *args, **kwargs):
+        f.write(b"half a checkpoint")
+        raise failure
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError) as error:
+        save_checkpoint(path, dict(step=2))
+    assert one_line(error, path)
+    assert path.read_bytes() == before
+    assert [f.name for f in tmp_path.iterdir()] == ["a.pt"]  # and no half file is left
+
+    monkeypatch.undo()
+    save_checkpoint(path, dict(step=2))
+    assert load_checkpoint(path) == dict(step=2)
+
+
+class Evil:
+    """Executes code when unpickled without care."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_code_in_a_checkpoint_is_refused(tmp_path):
+    marker = tmp_path / "executed"
+    torch.save(dict(step=1, model=Evil(marker)), tmp_path / "zip.pt")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(dict(step=1, model=Evil(marker)), protocol=2))
+    for name in ("zip.pt", "pickle.pt"):
+        with pytest.raises(ValueError, match="refused") as error:
+            load_checkpoint(tmp_path / name)
+        assert one_line(error, tmp_path / name)
+        assert not marker.exists()
+    torch.load(tmp_path / "zip.pt", weights_only=False)
+    assert marker.exists()  # the file is dangerous indeed
+
+
+def test_broken_files(tmp_path):
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, tiny_checkpoint()[0])
+    whole = path.read_bytes()
+    broken = [whole[:n] for n in (0, 1, 10, 1000, len(whole) // 2, len(whole) - 1)]
+    for content in [*broken, b"<html>not found</html>", bytes(range(256)) * 8]:
+        path.write_bytes(content)
+        with pytest.raises(ValueError) as error:
+            load_checkpoint(path)
+        assert one_line(error, path)
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="list"):
+        load_checkpoint(path)
+    with pytest.raises(ValueError, match="no such"):
+        load_checkpoint(tmp_path / "b.pt")
