@@ -127,11 +127,11 @@ def main():
     add("--sigma", type=float, default=0.1, help="std of their Gaussian noise, [-1, 1] units")
     add("--conditions", nargs="+", choices=["clean", "noisy"], default=["clean", "noisy"])
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    add("--channels", type=int, nargs="+", default=[32, 48, 64], help="widths of the U-Net, multiples of 16")
-    add("--iters", type=int, default=600)
-    add("--batch-size", type=int, default=32)
+    add("--channels", type=int, nargs="+", default=[32, 32, 64], help="widths of the U-Net, multiples of 16")
+    add("--iters", type=int, default=300)
+    add("--batch-size", type=int, default=16)
     add("--lr", type=float, default=2e-3)
-    add("--eval-every", type=int, default=150)
+    add("--eval-every", type=int, default=75)
     add("--n-eval", type=int, default=64, help="samples behind each number")
     add("--sample-steps", type=int, default=50, help="DDIM steps")
     add("--seeds", type=int, default=1, help="runs with seeds --seed, --seed + 1, ...")
@@ -231,12 +231,12 @@ def plot_curves(curves, args, path):
             if f"{condition}/{method}" not in curves:
                 continue
             runs = np.array(list(curves[f"{condition}/{method}"].values()))  # (seeds, evaluations, 4)
+            _, colour, label = METHODS[method]
             for ax, column in zip(row, (2, 1)):
-                y, (_, colour, label) = runs[:, :, column], METHODS[method]
-                steps = runs[0, :, 0]
+                steps, y = runs[0, :, 0], runs[:, :, column]
                 ax.plot(steps, y.mean(0), color=colour, label=label, marker="o", ms=3)
                 ax.fill_between(steps, y.min(0), y.max(0), color=colour, alpha=0.2, lw=0)
-        title = "trained on clean images" if condition == "clean" else f"trained with noise (p = {args.p:g}, σ = {args.sigma:g})"
+        title = "trained on clean images" if condition == "clean" else f"on noisy images (p = {args.p:g}, σ = {args.sigma:g})"
         row[0].set(ylabel="PSNR to the subspace, dB", title=title)
         row[1].set(ylabel="ρ, distance from the subspace", title=title, yscale="log")
         for ax in row:

@@ -1,11 +1,13 @@
 """Sample a checkpoint with DDPM, DDIM or EDM's Heun sampler, and score the samples.
 
     python sample.py --ckpt out/ckpt.pt --n 64 --sampler ddim --steps 100 --out samples
-    python sample.py --ckpt out/ckpt.pt --n 10000 --sampler ddpm --fid --data cifar10
-    torchrun --nproc-per-node 8 sample.py --ckpt out/ckpt.pt --n 50000 --fid --data cifar10
+    python sample.py --ckpt out/ckpt.pt --fid                            # FID and IS of 10,000 images
+    python sample.py --ckpt ddpm/ckpt.pt robust/ckpt.pt --steps 1000 300 --spacing respaced naive --fid   # Table 1, right
+    torchrun --nproc-per-node 8 -- sample.py --ckpt out/ckpt.pt --n 50000 --fid
 
 Leaves --out/images/*.png (a folder `python -m pytorch_fid` reads), samples.npz, grid.png and metrics.json. Image i is a
-function of --seed and i alone, whatever the batch size and the number of processes.
+function of --seed and i alone, whatever the batch size and the number of processes. Several checkpoints, numbers of steps
+or spacing rules make a sample each, side_by_side.png and table.csv.
 """
 
 import argparse
@@ -13,17 +15,21 @@ import os
 import time
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
 from torchvision.io import write_png
-from torchvision.utils import save_image
+from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import metrics
-from data import image_noise, load_images
+from data import CorruptedImages, image_noise, load_images
 from losses import NoiseSchedule, like, posterior_mean, predict_x0
 from unet import UNet, load_checkpoint
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one step of each sampler; abar and abar_prev are (B,) float64, abar < abar_prev <= 1
@@ -232,9 +238,9 @@ def features_network(features, inception_weights):
     return load_features(features), f"Fréchet distance in {Path(features).name} features", metrics.file_key(features)
 
 
-def evaluate(images, args, device):
-    """Fréchet distance and Inception Score of uint8 images (n, S, S, 3) against the clean training set of args.data."""
-    reference, _ = load_images(args.data, images.shape[1], root=args.data_root)
+def evaluate(images, args, data, device):
+    """Fréchet distance and Inception Score of uint8 images (n, S, S, 3) against the clean training images of `data`."""
+    reference, _ = load_images(data, images.shape[1], root=args.data_root)
     network, name, key = features_network(args.features, args.inception_weights)
     mu, cov = metrics.reference_moments(network, key, reference, Path(args.data_root) / "cache", args.batch_size, device)
     features, logits = metrics.extract(network, images, args.batch_size, device)
@@ -247,119 +253,164 @@ def evaluate(images, args, device):
 
 def add_arguments(parser):
     """The flags that every script which samples shares."""
-    parser.add_argument("--sampler", choices=["ddpm", "ddim", "heun"], default="ddpm")
-    parser.add_argument("--steps", type=int, help="default: ddpm 1000, ddim 100, heun 18 (noise levels)")
-    parser.add_argument("--spacing", choices=["respaced", "naive", "truncated"], default="respaced",
-                        help="ddpm: the rule for fewer steps")
-    parser.add_argument("--variance", choices=["fixed-large", "fixed-small"], default="fixed-large",
-                        help="ddpm: s_t^2 of Eq. 5")
-    parser.add_argument("--eta", type=float, default=0.0, help="ddim: 0 is deterministic")
-    parser.add_argument("--s-churn", type=float, default=0.0, help="heun: S_churn, noise added along the way")
-    parser.add_argument("--no-clip", action="store_true", help="do not clip x^_0 to [-1, 1]")
-    parser.add_argument("--raw", action="store_true", help="raw instead of EMA weights")
-    parser.add_argument("--image-size", type=int, help="default: the size the checkpoint was trained at")
-    parser.add_argument("--batch-size", type=int, default=250, help="changes memory and speed, not the images")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N")
-    parser.add_argument("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
-    parser.add_argument("--data", default="synthetic", help="reference set of --fid")
-    parser.add_argument("--data-root", default="data")
-    parser.add_argument("--features", metavar="CHECKPOINT", help="Fréchet distance in its features instead of FID")
-    parser.add_argument("--inception-weights", metavar="PATH", help="pt_inception-2015-12-05-6726825d.pth, a local copy")
+    add = parser.add_argument
+    add("--sampler", choices=["ddpm", "ddim", "heun"], default="ddpm")
+    add("--variance", choices=["fixed-large", "fixed-small"], default="fixed-large", help="ddpm: s_t^2 of Eq. 5")
+    add("--eta", type=float, default=0.0, help="ddim: 0 is deterministic")
+    add("--s-churn", type=float, default=0.0, help="heun: S_churn, noise added along the way")
+    add("--no-clip", action="store_true", help="do not clip x^_0 to [-1, 1]")
+    add("--raw", action="store_true", help="raw instead of EMA weights")
+    add("--image-size", type=int, help="default: the size the checkpoint was trained at")
+    add("--batch-size", type=int, default=250, help="changes memory and speed, not the images")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
+    add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
+    add("--data", metavar="NAME", help="reference set of --fid; default: what the checkpoint was trained on")
+    add("--data-root", default="data")
+    add("--features", metavar="CHECKPOINT", help="Fréchet distance in its features instead of FID")
+    add("--inception-weights", metavar="PATH", help="pt_inception-2015-12-05-6726825d.pth, a local copy")
 
 
-def sampler_options(args):
+def sampler_options(args, steps, spacing):
     """The keyword arguments of args.sampler, with values that make no sense refused."""
+    if args.sampler != "ddpm" and spacing != "respaced":
+        raise ValueError(f"--spacing {spacing}: is for --sampler ddpm")
     if args.sampler == "ddpm":
-        ddpm_timesteps(1000, args.steps, args.spacing)
-        return dict(steps=args.steps, spacing=args.spacing, variance=args.variance, clip=not args.no_clip)
-    if args.spacing != "respaced":
-        raise ValueError(f"--spacing {args.spacing}: is for --sampler ddpm")
+        ddpm_timesteps(NoiseSchedule().T, steps, spacing)
+        return dict(steps=steps, spacing=spacing, variance=args.variance, clip=not args.no_clip)
     if args.sampler == "ddim":
         if not 0 <= args.eta <= 1:
             raise ValueError(f"--eta {args.eta}: must lie in [0, 1]")
-        ddim_timesteps(1000, args.steps or 100)
-        return dict(steps=args.steps or 100, eta=args.eta, clip=not args.no_clip)
-    heun_timesteps(NoiseSchedule(), args.steps or 18)
-    return dict(steps=args.steps or 18, S_churn=args.s_churn, clip=not args.no_clip)
+        ddim_timesteps(NoiseSchedule().T, steps or 100)
+        return dict(steps=steps or 100, eta=args.eta, clip=not args.no_clip)
+    heun_timesteps(NoiseSchedule(), steps or 18)
+    return dict(steps=steps or 18, S_churn=args.s_churn, clip=not args.no_clip)
 
 
 def load_model(path, args, device):
-    """(model ready to sample, image size) from a checkpoint of train.py or a diffusers folder."""
+    """(model ready to sample, image size, training settings) of a checkpoint of train.py or a diffusers folder."""
     if os.path.isdir(path):
-        net, size = UNet.from_diffusers(path), args.image_size or 32
+        net, size, trained = UNet.from_diffusers(path), 32, {}
     else:
         ckpt = load_checkpoint(path)
-        net = UNet.load(ckpt, ema=not args.raw)
-        size = args.image_size or ckpt["image_size"]
+        net, size, trained = UNet.load(ckpt, ema=not args.raw), ckpt["image_size"], ckpt["args"]
     net = net.to(device, memory_format=torch.channels_last).eval()
     if args.compile or (args.compile is None and device.type == "cuda"):
         net = torch.compile(net, mode="reduce-overhead" if device.type == "cuda" else None)  # CUDA graphs
-    return net, size
+    return net, args.image_size or size, trained
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py, or a diffusers folder")
-    parser.add_argument("--n", type=int, default=10_000, help="number of images; FID below 10,000 is biased upwards")
-    parser.add_argument("--out", default="samples")
-    parser.add_argument("--fid", action="store_true", help="FID and IS against --data (clean training images)")
-    parser.add_argument("--png", action=argparse.BooleanOptionalAction, default=True, help="write the PNG folder")
-    add_arguments(parser)
-    args = parser.parse_args()
-    started = time.time()
-    if args.n < 1 or args.batch_size < 1:
-        raise ValueError(f"--n {args.n} --batch-size {args.batch_size}: both must be at least 1")
-    options = sampler_options(args)
-    device, rank, world = setup(args.device)
-    cast = autocast(device, args.amp)
-    model, size = load_model(args.ckpt, args, device)
-    out = Path(args.out)
-    (out / "images").mkdir(parents=True, exist_ok=True)
-    if args.fid and rank == 0:  # before the sampling, so that a missing set or network costs no work
-        load_images(args.data, size, root=args.data_root)
-        features_network(args.features, args.inception_weights)
-
-    schedule = NoiseSchedule().to(device)
-    mine = list(range(args.n))[rank::world]
-    images = np.zeros((args.n, size, size, 3), np.uint8)
+def sample_uint8(model, size, n, args, options, device, rank, world):
+    """n images -> (n, S, S, 3) uint8 on every process; each makes every world-th of them."""
+    schedule, mine = NoiseSchedule().to(device), list(range(n))[rank::world]
+    images = np.zeros((n, size, size, 3), np.uint8)
     label = f"{args.sampler} {options['steps'] or schedule.T} steps"
-    with cast, tqdm(total=len(mine), desc=label, unit="img", disable=rank > 0) as bar:
+    with autocast(device, args.amp), tqdm(total=len(mine), desc=label, unit="img", disable=rank > 0) as bar:
         for i in range(0, len(mine), args.batch_size):
             index = mine[i : i + args.batch_size]
             x0 = generate(model, schedule, index, (3, size, size), args.seed, device, args.sampler, **options)
             if not x0.isfinite().all():
-                raise ValueError(f"{args.ckpt}: the samples hold NaN or infinity; did training diverge?")
+                raise ValueError("the samples hold NaN or infinity; did training diverge?")
             images[index] = metrics.to_uint8(x0).permute(0, 2, 3, 1).cpu().numpy()
             bar.update(len(index))
-    if world > 1:  # every row is written by one rank; the others hold zeros
+    if world > 1:  # every row is written by one process; the others hold zeros
         gathered = torch.from_numpy(images)
         dist.all_reduce(gathered)
         images = gathered.numpy()
-    if rank == 0:
-        finish(images, args, out, started, device, options)
+    return images
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ckpt", required=True, nargs="+", help="checkpoints of train.py, or diffusers folders")
+    add("--n", type=int, default=10_000, help="number of images; FID below 10,000 is biased upwards")
+    add("--steps", type=int, nargs="+", default=[None], help="default: ddpm 1000, ddim 100, heun 18 (noise levels)")
+    add("--spacing", nargs="+", default=["respaced"], help="ddpm: rules for fewer steps, respaced | naive | truncated")
+    add("--out", default="samples", help="with several checkpoints, steps or rules: one folder each, and a table")
+    add("--fid", action="store_true", help="FID and IS against the clean images of --data")
+    add("--png", action=argparse.BooleanOptionalAction, default=True, help="write the PNG folder")
+    add_arguments(parser)
+    args = parser.parse_args()
+    if args.n < 1 or args.batch_size < 1:
+        raise ValueError(f"--n {args.n} --batch-size {args.batch_size}: both must be at least 1")
+    runs = [(c, s, r) for c in args.ckpt for s in args.steps for r in args.spacing]
+    for _, steps, spacing in runs:  # all refused before any is run
+        sampler_options(args, steps, spacing)
+    device, rank, world = setup(args.device)
+    autocast(device, args.amp)
+    models = {c: load_model(c, args, device) for c in args.ckpt}
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for _, size, trained in models.values():
+        if args.fid and rank == 0:  # before the sampling, so that a missing set or network costs no work
+            load_images(args.data or trained.get("data", "synthetic"), size, root=args.data_root)
+            features_network(args.features, args.inception_weights)
+
+    table = []
+    for path, steps, spacing in runs:
+        started, options = time.time(), sampler_options(args, steps, spacing)
+        model, size, trained = models[path]
+        images = sample_uint8(model, size, args.n, args, options, device, rank, world)
+        if rank == 0:
+            name = "-".join([Path(path).resolve().parent.name] + [str(steps or "")] * (len(args.steps) > 1)
+                            + [spacing] * (len(args.spacing) > 1))
+            folder = out if len(runs) == 1 else out / name
+            numbers = finish(images, folder, args, args.data or trained.get("data"), started, device, path, options)
+            table.append((name, images, trained, numbers))
+    if rank == 0 and len(runs) > 1:
+        compare(table, out, args)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
-def finish(images, args, out, started, device, options):
-    """Files and numbers of a sample (n, S, S, 3) uint8."""
+def finish(images, out, args, data, started, device, path, options):
+    """Files and numbers of one sample (n, S, S, 3) uint8."""
+    (out / "images").mkdir(parents=True, exist_ok=True)
     x = torch.from_numpy(images).permute(0, 3, 1, 2)
-    if args.png:
-        for i in tqdm(range(len(x)), desc="png", leave=False):
-            write_png(x[i], str(out / "images" / f"{i:06d}.png"), compression_level=1)
+    for i in range(len(x) if args.png else 0):
+        write_png(x[i], str(out / "images" / f"{i:06d}.png"), compression_level=1)
     np.savez_compressed(out / "samples.npz", images=images)
     save_image(x[:64].float() / 255, out / "grid.png", nrow=8, padding=1)
     numbers = {"noise_level": metrics.noise_level(x.float() / 127.5 - 1).mean().item()}
     if args.fid:
-        numbers |= evaluate(images, args, device)
+        numbers |= evaluate(images, args, data or "synthetic", device)
         if len(images) < 10_000:
             print(f"note: n = {len(images)}; distances and IS from fewer than 10,000 images do not compare with published ones")
-    metrics.write_metrics(out, started, seed=args.seed, device=device, n=len(images), ckpt=args.ckpt, sampler=args.sampler,
+    metrics.write_metrics(out, started, seed=args.seed, device=device, n=len(images), ckpt=path, sampler=args.sampler,
                           **options, **numbers)
     print(f"{len(images)} images -> {out}/grid.png, " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+    return numbers
+
+
+def compare(table, out, args):
+    """OUT/table.csv and side_by_side.png: training images as they are and as they were trained on, then each sample."""
+    _, images, trained, _ = table[0]
+    rows = []
+    if args.data or trained.get("data"):
+        clean, _ = load_images(args.data or trained["data"], images.shape[1], root=args.data_root)
+        data = CorruptedImages(clean, None, trained.get("p", 0), trained.get("sigma", 0), trained.get("seed", 0))
+        index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: max(2000, args.n)]
+        rows = [("training images, clean", data.clean(index)), ("as trained on", data.batch(index))]
+    rows += [(name, torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1) for name, x, _, _ in table]
+    levels = [metrics.noise_level(x).mean().item() for _, x in rows]
+    numbers = [{}] * (len(rows) - len(table)) + [t[3] for t in table]
+    columns = list(dict.fromkeys(k for d in numbers for k in d if k != "noise_level"))
+    lines = ["name,noise_level" + "".join(f",{k}" for k in columns)]
+    lines += [f"{name},{v:.4f}" + "".join(f",{d[k]:.4f}" if k in d else "," for k in columns)
+              for (name, _), v, d in zip(rows, levels, numbers)]
+    (out / "table.csv").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    fig, axes = plt.subplots(len(rows), 1, figsize=(9, 1.35 * len(rows)), layout="constrained")
+    for ax, (name, x), v in zip(axes, rows, levels):
+        picture = make_grid((x[:32].clamp(-1, 1) + 1) / 2, nrow=16, padding=1, pad_value=1)
+        ax.imshow(picture.permute(1, 2, 0), interpolation="nearest")
+        ax.set_title(f"{name}: noise level {v:.3f}", fontsize=10, loc="left", pad=3)
+        ax.axis("off")
+    fig.savefig(out / "side_by_side.png", dpi=120)
+    plt.close(fig)
 
 
 if __name__ == "__main__":

@@ -309,47 +309,45 @@ def main():
     bar = tqdm(total=args.iters, initial=first, desc=f"train {args.robust}", unit="step", disable=rank > 0)
     pool = ThreadPoolExecutor(1)
     ahead = pool.submit(draw, first) if data.streams else None
-    while step < args.iters and not must_stop(step):
-        if data.streams:  # read the next batch from disk meanwhile
-            parts, ahead = ahead.result(), pool.submit(draw, step + 1)
-        else:
-            parts = draw(step)
-        if args.dropout > 0:
-            torch.manual_seed(seed_at(args.seed, step, stream=3 + rank))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
-        optimizer.zero_grad(set_to_none=True)
-        logs = []
-        for part in parts:
-            with cast:
-                loss, terms = loss_of(*part)
-            scaler.scale(loss / args.accum).backward()
-            logs.append(dict(loss=loss.detach(), **terms))
-        if world > 1:  # not DDP: its hooks expect one forward per backward, the attack adds others
-            grads = [p.grad for p in params]
-            flat = torch.cat([g.flatten() for g in grads])
-            dist.all_reduce(flat)
-            torch._foreach_copy_(grads, [f.view_as(g) for f, g in zip((flat / world).split([g.numel() for g in grads]), grads)])
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.clip_grad or float("inf"), foreach=True)
-        scaler.step(optimizer)
-        scaler.update()
-        decay = min(args.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.parameters()), params, 1 - decay)
+    with bar:
+        while step < args.iters and not must_stop(step):
+            if data.streams:  # read the next batch from disk meanwhile
+                parts, ahead = ahead.result(), pool.submit(draw, step + 1)
+            else:
+                parts = draw(step)
+            if args.dropout > 0:
+                torch.manual_seed(seed_at(args.seed, step, stream=3 + rank))
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+            optimizer.zero_grad(set_to_none=True)
+            logs = []
+            for part in parts:
+                with cast:
+                    loss, terms = loss_of(*part)
+                scaler.scale(loss / args.accum).backward()
+                logs.append(dict(loss=loss.detach(), **terms))
+            if world > 1:
+                average([p.grad for p in params], world)
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(params, args.clip_grad or float("inf"), foreach=True)
+            scaler.step(optimizer)
+            scaler.update()
+            decay = min(args.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(ema.parameters()), params, 1 - decay)
 
-        step += 1
-        pending.append({k: sum(d[k] for d in logs) / args.accum for k in logs[0]} | dict(grad_norm=grad_norm))
-        bar.update()
-        if step % args.log_every == 0 or step % args.save_every == 0 or step == args.iters:
-            flush(step)  # before saving: a checkpoint never holds the result of a non-finite loss
-        if step % args.save_every == 0:
+            step += 1
+            pending.append({k: sum(d[k] for d in logs) / args.accum for k in logs[0]} | dict(grad_norm=grad_norm))
+            bar.update()
+            if step % args.log_every == 0 or step % args.save_every == 0 or step == args.iters:
+                flush(step)  # before saving: a checkpoint never holds the result of a non-finite loss
+            if step % args.save_every == 0:
+                save(step)
+            if args.sample_every and step % args.sample_every == 0 and step < args.iters:
+                grid(step)
+        if pending:
+            flush(step)
+        if step % args.save_every or step == first:
             save(step)
-        if args.sample_every and step % args.sample_every == 0 and step < args.iters:
-            grid(step)
-    bar.close()
-    if pending:
-        flush(step)
-    save(step)
     if stop and step < args.iters:
         if rank == 0:
             print(f"stopped by {signal.Signals(stop[0]).name} at step {step}; saved {path}; --resume continues")
@@ -366,6 +364,14 @@ def main():
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def average(grads, world):
+    """Gradients averaged over the processes. Not DDP: its hooks expect one forward per backward, the attack adds others."""
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    parts = (flat / world).split([g.numel() for g in grads])
+    torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
 
 
 def memory(device):
