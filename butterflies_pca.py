@@ -23,6 +23,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import metrics
@@ -66,7 +67,7 @@ def subspace_error(x, mu, U):
 
 
 def load(args):
-    """The images as rows in [-1, 1], (n, D) float64."""
+    """The images as rows in [-1, 1], (n, D = 3 S S) float64, in the order (3, S, S)."""
     if args.data == "smithsonian":
         try:
             from datasets import load_dataset
@@ -83,14 +84,14 @@ def load(args):
         images, _ = load_images(args.data, args.image_size, root=args.data_root)
     # the size of the paper's set; enough for 25 dimensions
     images = images[np.random.default_rng(0).permutation(len(images))[:1000]]
-    return images.reshape(len(images), -1) / 127.5 - 1
+    return images.transpose(0, 3, 1, 2).reshape(len(images), -1) / 127.5 - 1
 
 
 def train(method, x, args, seed, schedule, device, evaluate):
-    """Train one network on the rows x (N, 3, S, S), calling evaluate(ema, step) along the way."""
+    """Train one network on x (N, 3 patch^2, S / patch, S / patch), calling evaluate(ema, step) along the way."""
     loss_args = METHODS[method][0]
     torch.manual_seed(seed)
-    net = UNet(channels=args.channels, attention=[False] * (len(args.channels) - 1) + [True], blocks=1, dropout=0.0, groups=16)
+    net = UNet(channels=args.channels, attention=[True] * len(args.channels), blocks=1, dropout=0.0, in_channels=x.shape[1])
     net = net.to(device, memory_format=torch.channels_last).train()
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
@@ -127,11 +128,12 @@ def main():
     add("--sigma", type=float, default=0.1, help="std of their Gaussian noise, [-1, 1] units")
     add("--conditions", nargs="+", choices=["clean", "noisy"], default=["clean", "noisy"])
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    add("--channels", type=int, nargs="+", default=[32, 32, 64], help="widths of the U-Net, multiples of 16")
-    add("--iters", type=int, default=300)
-    add("--batch-size", type=int, default=16)
+    add("--patch", type=int, default=4, help="the U-Net sees S/patch x S/patch patches of patch x patch pixels; 1: pixels")
+    add("--channels", type=int, nargs="+", default=[64, 128], help="widths of the U-Net, multiples of 32")
+    add("--iters", type=int, default=400)
+    add("--batch-size", type=int, default=32)
     add("--lr", type=float, default=2e-3)
-    add("--eval-every", type=int, default=75)
+    add("--eval-every", type=int, default=100)
     add("--n-eval", type=int, default=64, help="samples behind each number")
     add("--sample-steps", type=int, default=50, help="DDIM steps")
     add("--seeds", type=int, default=1, help="runs with seeds --seed, --seed + 1, ...")
@@ -144,9 +146,10 @@ def main():
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if not 0 <= args.p <= 1 or not args.sigma >= 0:
         raise ValueError(f"--p {args.p} --sigma {args.sigma}: need p in [0, 1] and sigma >= 0")
-    if any(c % 16 for c in args.channels) or args.image_size % 2 ** (len(args.channels) - 1):
-        raise ValueError(f"--channels {args.channels}: need multiples of 16, and --image-size a multiple of "
-                         f"{2 ** (len(args.channels) - 1)}")
+    factor = args.patch * 2 ** (len(args.channels) - 1)
+    if any(c % 32 for c in args.channels) or args.patch < 1 or args.image_size % factor:
+        raise ValueError(f"--channels {args.channels} --patch {args.patch}: need multiples of 32, and --image-size a multiple "
+                         f"of {factor}")
     started = time.time()
     device, _, _ = setup(args.device)
     out = Path(args.out)
@@ -158,6 +161,7 @@ def main():
     mu_t, U_t = torch.tensor(mu, dtype=torch.float32, device=device), torch.tensor(U, dtype=torch.float32, device=device)
     scales_t = torch.tensor(scales, dtype=torch.float32, device=device)
 
+    shape = (3 * args.patch**2, S // args.patch, S // args.patch)
     samples, curves = {}, {}  # condition/method -> (n, D); -> per seed a list of (step, rho, psnr, signal)
     shown = {}
     for seed in range(args.seed, args.seed + args.seeds):
@@ -177,8 +181,8 @@ def main():
             curve = curves.setdefault(key, {}).setdefault(seed, [])
 
             def evaluate(net, step, key=key, curve=curve, seed=seed, unit=unit):
-                x = generate(net, schedule, range(args.n_eval), (3, S, S), seed, device, "ddim", steps=args.sample_steps)
-                x = x.flatten(1) * unit
+                x = generate(net, schedule, range(args.n_eval), shape, seed, device, "ddim", steps=args.sample_steps)
+                x = F.pixel_shuffle(x, args.patch).flatten(1) * unit
                 rho = subspace_error(x, mu_t, U_t)
                 quality = metrics.psnr(x, project(x, mu_t, U_t))
                 signal = ((x - mu_t) @ U_t.T / scales_t).std(0).mean()  # 1: all the variance of the subspace is kept
@@ -188,7 +192,9 @@ def main():
 
             x = (clean if condition == "clean" else noisy) / unit
             begun = time.time()
-            x = x.view(-1, 3, S, S).contiguous(memory_format=torch.channels_last)
+            # Patches as channels: an orthonormal re-ordering of the pixels, under which every equation stays as it is (ours).
+            # A component of the subspace spans the whole image, and this network sees all of it in a few layers.
+            x = F.pixel_unshuffle(x.view(-1, 3, S, S), args.patch).contiguous(memory_format=torch.channels_last)
             train(method, x, args, seed, schedule, device, evaluate)
             step, rho, quality, signal = curve[-1]
             print(f"seed {seed} {key:20s} rho {rho:6.2f} ({rho / math.sqrt(len(mu)):.4f} per pixel)  PSNR {quality:5.2f} dB  "

@@ -109,7 +109,7 @@ class CorruptedImages:
 
     def batch(self, index, flip=None):
         """As `clean`, with the corruption; flip (B,) bool mirrors the already corrupted image."""
-        x0 = self.clean(index)
+        x0, index = self.clean(index), index.to(self.device)
         if self.sigma > 0:
             noise = self._noise(self.seed, index, CORRUPTION_STREAM, self.shape)
             x0 = x0 + self.sigma * self.corrupted[index].float().view(-1, 1, 1, 1) * noise

@@ -155,7 +155,7 @@ def heun_sample(model, schedule, x_T, steps=18, S_churn=0.0, S_min=0.0, S_max=fl
     def slope(x, t):  # dx/dsigma = (x - D(x; sigma)) / sigma, with D = x - sigma eps
         eps = model(x * abars[t].sqrt().to(x.dtype), torch.full((len(x),), t, device=x.device)).to(x.dtype)
         if not clip:
-            return eps
+            return eps.clone()  # a CUDA graph writes its next output over this one
         return (x - (x - table[t] * eps).clamp(-1, 1)) / table[t]
 
     x = x_T / abars[ts[0]].sqrt().to(x_T.dtype)
@@ -203,14 +203,20 @@ def setup(device):
     return device, rank, world
 
 
-def autocast(device, amp):
-    """amp: auto (bf16 on a GPU that has it, else fp16; fp32 on a CPU) | bf16 | fp16 | fp32 -> a torch.autocast context."""
-    if amp == "auto":
-        amp = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+def precision(device, amp):
+    """--amp auto (bf16 on a GPU that has it, else fp16; fp32 on a CPU) | bf16 | fp16 | fp32 -> dtype of the autocast."""
     if amp == "fp16" and device.type == "cpu":
         raise ValueError("--amp fp16: needs a GPU; use bf16 or fp32")
-    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=amp != "fp32")
+    if amp == "auto":
+        amp = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[amp]
+
+
+def autocast(device, amp):
+    dtype = precision(device, amp)
+    if dtype == torch.float32:
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype=dtype)
 
 
 def generate(model, schedule, index, shape, seed, device, sampler="ddpm", **options):

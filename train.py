@@ -32,7 +32,7 @@ from tqdm import tqdm
 import metrics
 from data import NAMES, CorruptedImages, Order, load_images, seed_at
 from losses import NoiseSchedule, ddpm_loss, robust_loss
-from sample import autocast, generate, setup
+from sample import autocast, generate, precision, setup
 from unet import PRESETS, UNet, load_checkpoint, save_checkpoint
 
 matplotlib.use("Agg")
@@ -175,7 +175,7 @@ def main():
     if path.exists() and not (args.resume or args.overwrite):
         raise ValueError(f"--out {out}: holds a checkpoint; --resume continues it, --overwrite starts again")
     cast = autocast(device, args.amp)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=precision(device, args.amp) == torch.float16)
     net = build(args)
     out.mkdir(parents=True, exist_ok=True)
     if rank == 0:

@@ -59,6 +59,17 @@ def test_pca_recovers_a_known_subspace_and_its_scales(subspace):
     assert 0 < fit_subspace(x.numpy(), 2)[3] < 0.8  # (25 + 16) / 55
 
 
+def test_rows_are_images_in_the_order_the_network_sees():
+    from argparse import Namespace
+
+    from data import synthetic_butterflies
+
+    rows = butterflies_pca.load(Namespace(data="synthetic:9", image_size=16, data_root="unused"))
+    images = rows.reshape(-1, 3, 16, 16)
+    known = {x.tobytes() for x in synthetic_butterflies(9, 16)[0]}
+    assert {np.round((x.transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8).tobytes() for x in images} == known
+
+
 def run(monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["butterflies_pca.py", *map(str, args)])
     metrics.cli(butterflies_pca.main)
@@ -66,7 +77,7 @@ def run(monkeypatch, *args):
 
 def test_a_small_run_leaves_its_files(monkeypatch, tmp_path):
     run(monkeypatch, "--data", "synthetic:60", "--image-size", 8, "--iters", 4, "--eval-every", 2, "--n-eval", 16,
-        "--device", "cpu", "--sample-steps", 3, "--n-train", 50, "--components", 25, "--channels", 16, 16, "--out", tmp_path)
+        "--device", "cpu", "--sample-steps", 3, "--n-train", 50, "--channels", 32, "--patch", 2, "--out", tmp_path)
     assert {"samples.npz", "rows.png", "curves.png", "metrics.json"} <= {f.name for f in tmp_path.iterdir()}
     with np.load(tmp_path / "samples.npz") as f:
         wanted = {"mu", "U", *(f"clean/{m}" for m in ("none", "ran", "adv", "inv-adv"))}
