@@ -91,7 +91,8 @@ def train(method, x, args, seed, schedule, device, evaluate):
     """Train one network on x (N, 3 patch^2, S / patch, S / patch), calling evaluate(ema, step) along the way."""
     loss_args = METHODS[method][0]
     torch.manual_seed(seed)
-    net = UNet(channels=args.channels, attention=[True] * len(args.channels), blocks=1, dropout=0.0, in_channels=x.shape[1])
+    attention = [False] * (len(args.channels) - 1) + [True]
+    net = UNet(channels=args.channels, attention=attention, blocks=1, dropout=0.0, in_channels=x.shape[1])
     net = net.to(device, memory_format=torch.channels_last).train()
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
@@ -128,12 +129,12 @@ def main():
     add("--sigma", type=float, default=0.1, help="std of their Gaussian noise, [-1, 1] units")
     add("--conditions", nargs="+", choices=["clean", "noisy"], default=["clean", "noisy"])
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    add("--patch", type=int, default=4, help="the U-Net sees S/patch x S/patch patches of patch x patch pixels; 1: pixels")
-    add("--channels", type=int, nargs="+", default=[64, 128], help="widths of the U-Net, multiples of 32")
-    add("--iters", type=int, default=400)
+    add("--patch", type=int, default=2, help="the U-Net sees S/patch x S/patch patches of patch x patch pixels; 1: pixels")
+    add("--channels", type=int, nargs="+", default=[64, 64], help="widths of the U-Net, multiples of 32")
+    add("--iters", type=int, default=1000)
     add("--batch-size", type=int, default=32)
     add("--lr", type=float, default=2e-3)
-    add("--eval-every", type=int, default=100)
+    add("--eval-every", type=int, default=250)
     add("--n-eval", type=int, default=64, help="samples behind each number")
     add("--sample-steps", type=int, default=50, help="DDIM steps")
     add("--seeds", type=int, default=1, help="runs with seeds --seed, --seed + 1, ...")
@@ -162,7 +163,7 @@ def main():
     scales_t = torch.tensor(scales, dtype=torch.float32, device=device)
 
     shape = (3 * args.patch**2, S // args.patch, S // args.patch)
-    samples, curves = {}, {}  # condition/method -> (n, D); -> per seed a list of (step, rho, psnr, signal)
+    samples, curves = {}, {}  # condition/method -> (n, D); -> {seed: [(step, rho, psnr, signal std)]}
     shown = {}
     for seed in range(args.seed, args.seed + args.seeds):
         g = torch.Generator().manual_seed(seed_at(seed, 0, stream=5))
@@ -210,7 +211,7 @@ def main():
     plot_rows(shown, samples, args, S, out / "rows.png")
     plot_curves(curves, args, out / "curves.png")
     metrics.write_metrics(out, started, seed=args.seed, device=device, n=args.n_eval, variance_kept=kept,
-                          args={k: v for k, v in vars(args).items() if k != "out"}, results=numbers)
+                          args={k: v for k, v in vars(args).items() if k != "out"}, results=numbers, curves=curves)
     print(f"{out}/rows.png, {out}/curves.png, {out}/samples.npz")
 
 
