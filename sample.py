@@ -230,6 +230,13 @@ def generate(model, schedule, index, shape, seed, device, sampler="ddpm", **opti
     return run(model, schedule, noise(0), noise=lambda i: noise(i + 1), **options)
 
 
+def save_grid(x, path):
+    """The first 64 of x (n, 3, S, S) in [-1, 1] as a PNG, small images enlarged to be seen."""
+    scale = max(1, 64 // x.shape[-1])
+    x = (x[:64].clamp(-1, 1) + 1) / 2
+    save_image(x.repeat_interleave(scale, 2).repeat_interleave(scale, 3), path, nrow=8)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # evaluation
 
@@ -379,7 +386,7 @@ def finish(images, out, args, data, started, device, path, options):
     for i in range(len(x) if args.png else 0):
         write_png(x[i], str(out / "images" / f"{i:06d}.png"), compression_level=1)
     np.savez_compressed(out / "samples.npz", images=images)
-    save_image(x[:64].float() / 255, out / "grid.png", nrow=8, padding=1)
+    save_grid(x.float() / 127.5 - 1, out / "grid.png")
     numbers = {"noise_level": metrics.noise_level(x.float() / 127.5 - 1).mean().item()}
     if args.fid:
         numbers |= evaluate(images, args, data or "synthetic", device)

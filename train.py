@@ -26,13 +26,12 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.distributed as dist
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 import metrics
 from data import NAMES, CorruptedImages, Order, load_images, seed_at
 from losses import NoiseSchedule, ddpm_loss, robust_loss
-from sample import autocast, generate, precision, setup
+from sample import autocast, generate, precision, save_grid, setup
 from unet import PRESETS, UNet, load_checkpoint, save_checkpoint
 
 matplotlib.use("Agg")
@@ -253,7 +252,7 @@ def main():
         if rank == 0:
             with cast:
                 x0 = generate(ema, schedule, range(64), data.shape, args.seed, device, "ddim", steps=50)
-            save_image((x0 + 1) / 2, out / f"grid{step:07d}.png", nrow=8, padding=1)
+            save_grid(x0, out / f"grid{step:07d}.png")
             (out / "grid.png").write_bytes((out / f"grid{step:07d}.png").read_bytes())
 
     stop = []  # filled by the first SIGTERM or Ctrl-C; a second one ends the program at once
