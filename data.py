@@ -174,6 +174,8 @@ def load_images(name, image_size=None, split="train", root="data", labels_needed
 
 
 def _folder(path):
+    if not path:
+        raise ValueError("--data folder: names no folder; write folder:PATH")
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"--data folder:{path}: no such folder")
