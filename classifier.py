@@ -1,0 +1,178 @@
+"""Train the image classifier whose features stand in for Inception's, and which purification will defend.
+
+    python classifier.py --data cifar10 --model wrn-28-10 --epochs 100      # one GPU
+    python classifier.py --data folder:cifar10/train --test folder:cifar10/test --model small --epochs 10   # a CPU
+
+A wide residual network (Zagoruyko & Komodakis, 2016) with the usual recipe: random crop and flip, SGD with Nesterov
+momentum and one cycle of the learning rate, label smoothing. Images in [0, 1] -> logits; the normalisation is inside.
+Leaves --out/classifier.pt, which `sample.py --features` takes, and metrics.json with the test accuracy.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import metrics
+from data import NAMES, CorruptedImages, Order, load_images, seed_at
+from sample import autocast, precision, setup
+from unet import load_checkpoint, save_checkpoint
+
+PRESETS = {"wrn-28-10": dict(depth=28, width=10), "small": dict(depth=10, width=2)}
+
+
+class Block(nn.Module):
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(c_out), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.skip = nn.Identity() if c_in == c_out and stride == 1 else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+
+    def forward(self, x):
+        h = F.relu(self.bn1(x))
+        x = x if isinstance(self.skip, nn.Identity) else self.skip(h)
+        return x + self.conv2(F.relu(self.bn2(self.conv1(h))))
+
+
+class WideResNet(nn.Module):
+    """x (B, 3, H, W) float in [0, 1] -> logits (B, classes); `features` gives the pooled activations (B, 64 width)."""
+
+    def __init__(self, depth, width, classes):
+        super().__init__()
+        if (depth - 4) % 6:
+            raise ValueError(f"WideResNet depth {depth}: must be 6 n + 4")
+        self.config = dict(depth=depth, width=width, classes=classes)
+        self.register_buffer("mean", torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1))  # of CIFAR-10
+        self.register_buffer("std", torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1))
+        layers, c = [nn.Conv2d(3, 16, 3, 1, 1, bias=False)], 16
+        for c_out, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
+            for i in range((depth - 4) // 6):
+                layers.append(Block(c, c_out, stride if i == 0 else 1))
+                c = c_out
+        self.body, self.bn, self.head = nn.Sequential(*layers), nn.BatchNorm2d(c), nn.Linear(c, classes)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    def features(self, x):
+        return F.relu(self.bn(self.body((x - self.mean) / self.std))).mean((2, 3))
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+class Features(nn.Module):
+    """What metrics.extract wants: uint8 (B, 3, S, S) -> features (B, d), logits (B, classes)."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network.eval()
+
+    @torch.no_grad()
+    def forward(self, x):
+        f = self.network.features(x.float() / 255)
+        return f, self.network.head(f)
+
+
+def load_classifier(path):
+    """The network of a checkpoint of this script, in eval mode."""
+    ckpt = load_checkpoint(path)
+    if ckpt.get("kind") != "classifier":
+        raise ValueError(f"{path}: holds no classifier (classifier.py's checkpoints do)")
+    net = WideResNet(**ckpt["config"])
+    net.load_state_dict(ckpt["model"])
+    return net.eval()
+
+
+def load_features(path):
+    return Features(load_classifier(path))
+
+
+def random_crop(x, generator, pad=4):
+    """Each image shifted by its own -pad..pad pixels, reflected at the border; x (B, 3, S, S)."""
+    B, _, S, _ = x.shape
+    shift = torch.randint(2 * pad + 1, (2, B), generator=generator, device=x.device)
+    rows, cols = (shift[:, :, None] + torch.arange(S, device=x.device)).unbind()  # (B, S)
+    x = F.pad(x, (pad, pad, pad, pad), mode="reflect").permute(0, 2, 3, 1)
+    batch = torch.arange(B, device=x.device)[:, None, None]
+    return x[batch, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)  # channels_last
+
+
+def accuracy(net, data, batch_size, cast):
+    """Share of the images of `data` that are classified correctly."""
+    right = torch.zeros((), device=data.device)
+    for i in range(0, len(data), batch_size):
+        index = torch.arange(i, min(i + batch_size, len(data)), device=data.device)
+        with torch.no_grad(), cast:
+            right += (net((data.clean(index) + 1) / 2).argmax(1) == data.labels[index]).sum()
+    return right.item() / len(data)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", default="synthetic", metavar="NAME", help=NAMES)
+    add("--test", metavar="NAME", help="default: the test split of --data; needed for folder:PATH")
+    add("--data-root", default="data")
+    add("--image-size", type=int, metavar="S")
+    add("--model", choices=PRESETS, default="wrn-28-10", help="wrn-28-10: 36.5 M parameters; small: 0.3 M, for a CPU")
+    add("--epochs", type=float, default=100)
+    add("--batch-size", type=int, default=128)
+    add("--lr", type=float, default=0.1, help="peak of the one-cycle schedule")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
+    add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
+    add("--out", default="out_classifier")
+    args = parser.parse_args()
+    started = time.time()
+    if args.epochs <= 0 or args.batch_size < 2 or args.lr <= 0:
+        raise ValueError(f"--epochs {args.epochs} --batch-size {args.batch_size} --lr {args.lr}: need > 0, >= 2 and > 0")
+    if args.data.startswith("folder:") and not args.test:
+        raise ValueError("--data folder:PATH: give --test folder:PATH as well")
+    device, _, _ = setup(args.device)
+    cast = autocast(device, args.amp)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision(device, args.amp) == torch.float16)
+    train_set, test_set = (
+        CorruptedImages(*load_images(name, args.image_size, split, args.data_root, labels_needed=True), device=device)
+        for name, split in ((args.data, "train"), (args.test or args.data, "test")))
+    if train_set.shape != test_set.shape or args.batch_size > len(train_set):
+        raise ValueError(f"--test: images of {test_set.shape}, --data of {train_set.shape}; --batch-size {args.batch_size} of "
+                         f"{len(train_set)} images")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(args.seed)
+    net = WideResNet(**PRESETS[args.model], classes=int(train_set.labels.max()) + 1)
+    net = net.to(device, memory_format=torch.channels_last)
+    model = torch.compile(net) if args.compile or (args.compile is None and device.type == "cuda") else net
+    steps = max(1, int(args.epochs * len(train_set) / args.batch_size))
+    optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps + 1, pct_start=0.2)
+    order, generator = Order(len(train_set), args.seed, device), torch.Generator(device)
+    for step in tqdm(range(steps), desc=f"train {args.model}", unit="step"):
+        generator.manual_seed(seed_at(args.seed, step, stream=6))
+        index = order(step * args.batch_size, args.batch_size)
+        flip = torch.rand(args.batch_size, generator=generator, device=device) < 0.5
+        x = random_crop(train_set.batch(index, flip), generator)
+        with cast:
+            loss = F.cross_entropy(model((x + 1) / 2), train_set.labels[index], label_smoothing=0.1)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+    score = accuracy(net.eval(), test_set, args.batch_size, cast)
+    save_checkpoint(out / "classifier.pt", dict(kind="classifier", config=net.config, model=net.state_dict(),
+                                                image_size=train_set.shape[1], accuracy=score))
+    metrics.write_metrics(out, started, seed=args.seed, device=device, n=len(test_set), test_accuracy=score, steps=steps,
+                          model=args.model, data=args.data)
+    print(f"test accuracy {score:.2%} of {len(test_set)} images -> {out}/classifier.pt")
+
+
+if __name__ == "__main__":
+    metrics.cli(main)
