@@ -1,6 +1,6 @@
 """Butterflies on a known 25-dimensional subspace: does the model learn the images or their noise?
 
-    python butterflies_pca.py                                  # built-in butterflies, 1 seed, about 15 min on 2 CPU cores
+    python butterflies_pca.py                                  # built-in butterflies, 1 seed; wants a GPU
     python butterflies_pca.py --data folder:PATH --seeds 2     # the same on your images
     python butterflies_pca.py --data smithsonian               # the paper's set: pip install datasets, needs the internet
     python butterflies_pca.py --iters 20 --methods none adv    # a smoke test, under a minute
@@ -112,7 +112,8 @@ def train(method, x, args, seed, schedule, device, evaluate):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - min(0.999, (1 + step) / (10 + step)))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - min(0.999, (1 + step) / (10 + step)))
         if (step + 1) % args.eval_every == 0 or step + 1 == args.iters:
             evaluate(ema, step + 1)
 

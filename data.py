@@ -197,7 +197,7 @@ def _folder(path):
             try:
                 with Image.open(files[i]) as image:
                     return image.convert("RGB"), number[files[i].parent]
-            except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as e:
+            except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as e:
                 raise ValueError(f"{files[i]}: not a readable image ({str(e).splitlines()[0]})") from None
 
         def name(self, i):
@@ -241,6 +241,8 @@ def _cached(source, key, size, cache):
         tmp = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             images = np.lib.format.open_memmap(tmp, mode="w+", dtype=np.uint8, shape=(len(source), side, side, 3))
+            with open(tmp, "r+b") as f:  # a full disk is an error here, and a crash when a page of the map is written
+                os.posix_fallocate(f.fileno(), 0, os.path.getsize(tmp))
             labels = np.empty(len(source), dtype=np.int64)
 
             def decode(i):
@@ -257,7 +259,8 @@ def _cached(source, key, size, cache):
                     list(pool.map(decode, range(first, min(first + 1024, len(source)))))
             images.flush()
             del images
-            np.save(path.with_suffix(".labels.npy"), labels)
+            np.save(tmp.with_suffix(".labels.npy"), labels)
+            os.replace(tmp.with_suffix(".labels.npy"), path.with_suffix(".labels.npy"))
             os.replace(tmp, path)
         finally:
             if tmp.exists():

@@ -88,7 +88,7 @@ def to_uint8(x):
 class Inception(torch.nn.Module):
     """pytorch-fid's Inception: uint8 (B, 3, H, W) -> pool features (B, 2048), logits (B, 1008), in one pass.
 
-    The FID port leaves out the classifier's bias, as the original Inception Score code does for its logits.
+    The logits leave out the classifier's bias, as the original Inception Score code does.
     weights: a local copy of pt_inception-2015-12-05-6726825d.pth, else it is downloaded.
     """
 
@@ -152,7 +152,7 @@ def reference_moments(network, network_key, images, cache, batch_size=250, devic
 def file_key(path):
     """sha256 of a file's content, for cache keys and records."""
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+        return hashlib.sha256(f.read()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,11 +162,16 @@ def file_key(path):
 def write_metrics(out, started, *, seed, device, n, **numbers):
     """OUT/metrics.json: command, commit, seed, versions, device, n, wall time and the numbers. started: time.time()."""
     here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=10"], capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=10"],
+                             capture_output=True, text=True)
+        commit = git.stdout.strip() or "unknown"
+    except OSError:  # no git on this machine
+        commit = "unknown"
     device = torch.device(device)
     record = dict(
         command=" ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-        commit=git.stdout.strip() or "unknown", seed=seed, n=n, wall_seconds=round(time.time() - started, 1),
+        commit=commit, seed=seed, n=n, wall_seconds=round(time.time() - started, 1),
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
         **numbers)

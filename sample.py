@@ -11,6 +11,8 @@ or spacing rules make a sample each, side_by_side.png and table.csv.
 """
 
 import argparse
+import contextlib
+import datetime
 import os
 import time
 from pathlib import Path
@@ -187,7 +189,11 @@ def setup(device):
         device = torch.device(device)
     except RuntimeError:
         raise ValueError(f"--device {device}: need auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: need auto, cpu, cuda or cuda:N")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device.index is not None and world > 1:
+        raise ValueError(f"--device {device}: under torchrun each process takes its own GPU; write --device cuda")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"--device {device}: no CUDA GPU here; use --device cpu")
@@ -198,8 +204,9 @@ def setup(device):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if world > 1 and not dist.is_initialized():  # one process may decode a large set while the others wait
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
     return device, rank, world
 
 
@@ -251,10 +258,10 @@ def features_network(features, inception_weights):
     return load_features(features), f"Fréchet distance in {Path(features).name} features", metrics.file_key(features)
 
 
-def evaluate(images, args, data, device):
+def evaluate(images, args, scorer, data, device):
     """Fréchet distance and Inception Score of uint8 images (n, S, S, 3) against the clean training images of `data`."""
     reference, _ = load_images(data, images.shape[1], root=args.data_root)
-    network, name, key = features_network(args.features, args.inception_weights)
+    network, name, key = scorer
     mu, cov = metrics.reference_moments(network, key, reference, Path(args.data_root) / "cache", args.batch_size, device)
     features, logits = metrics.extract(network, images, args.batch_size, device)
     if not np.isfinite(features).all():
@@ -295,10 +302,12 @@ def sampler_options(args, steps, spacing):
     if args.sampler == "ddim":
         if not 0 <= args.eta <= 1:
             raise ValueError(f"--eta {args.eta}: must lie in [0, 1]")
-        ddim_timesteps(NoiseSchedule().T, steps or 100)
-        return dict(steps=steps or 100, eta=args.eta, clip=not args.no_clip)
-    heun_timesteps(NoiseSchedule(), steps or 18)
-    return dict(steps=steps or 18, S_churn=args.s_churn, clip=not args.no_clip)
+        steps = 100 if steps is None else steps
+        ddim_timesteps(NoiseSchedule().T, steps)
+        return dict(steps=steps, eta=args.eta, clip=not args.no_clip)
+    steps = 18 if steps is None else steps
+    heun_timesteps(NoiseSchedule(), steps)
+    return dict(steps=steps, S_churn=args.s_churn, clip=not args.no_clip)
 
 
 def load_model(path, args, device):
@@ -356,21 +365,23 @@ def main():
     models = {c: load_model(c, args, device) for c in args.ckpt}
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    for _, size, trained in models.values():
-        if args.fid and rank == 0:  # before the sampling, so that a missing set or network costs no work
+    names = [run_name(args, *run) for run in runs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--ckpt: two samples would share the folder {out}/{max(names, key=names.count)}; rename one's folder")
+    scorer = None
+    if args.fid and rank == 0:  # before the sampling, so that a missing set or network costs no work
+        scorer = features_network(args.features, args.inception_weights)
+        for _, size, trained in models.values():
             load_images(args.data or trained.get("data", "synthetic"), size, root=args.data_root)
-            features_network(args.features, args.inception_weights)
 
     table = []
-    for path, steps, spacing in runs:
+    for name, (path, steps, spacing) in zip(names, runs):
         started, options = time.time(), sampler_options(args, steps, spacing)
         model, size, trained = models[path]
         images = sample_uint8(model, size, args.n, args, options, device, rank, world)
         if rank == 0:
-            name = "-".join([Path(path).resolve().parent.name] + [str(steps or "")] * (len(args.steps) > 1)
-                            + [spacing] * (len(args.spacing) > 1))
             folder = out if len(runs) == 1 else out / name
-            numbers = finish(images, folder, args, args.data or trained.get("data"), started, device, path, options)
+            numbers = finish(images, folder, args, scorer, args.data or trained.get("data"), started, device, path, options)
             table.append((name, images, trained, numbers))
     if rank == 0 and len(runs) > 1:
         compare(table, out, args)
@@ -379,7 +390,14 @@ def main():
         dist.destroy_process_group()
 
 
-def finish(images, out, args, data, started, device, path, options):
+def run_name(args, path, steps, spacing):
+    """The folder of one sample among several: that of the checkpoint, with what else differs between them."""
+    path = Path(path).resolve()
+    name = [path.name if path.is_dir() else path.parent.name]
+    return "-".join(name + [str(steps or "all")] * (len(args.steps) > 1) + [spacing] * (len(args.spacing) > 1))
+
+
+def finish(images, out, args, scorer, data, started, device, path, options):
     """Files and numbers of one sample (n, S, S, 3) uint8."""
     (out / "images").mkdir(parents=True, exist_ok=True)
     x = torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -389,7 +407,7 @@ def finish(images, out, args, data, started, device, path, options):
     save_grid(x.float() / 127.5 - 1, out / "grid.png")
     numbers = {"noise_level": metrics.noise_level(x.float() / 127.5 - 1).mean().item()}
     if args.fid:
-        numbers |= evaluate(images, args, data or "synthetic", device)
+        numbers |= evaluate(images, args, scorer, data or "synthetic", device)
         if len(images) < 10_000:
             print(f"note: n = {len(images)}; distances and IS from fewer than 10,000 images do not compare with published ones")
     metrics.write_metrics(out, started, seed=args.seed, device=device, n=len(images), ckpt=path, sampler=args.sampler,
@@ -400,13 +418,15 @@ def finish(images, out, args, data, started, device, path, options):
 
 def compare(table, out, args):
     """OUT/table.csv and side_by_side.png: training images as they are and as they were trained on, then each sample."""
-    _, images, trained, _ = table[0]
-    rows = []
-    if args.data or trained.get("data"):
-        clean, _ = load_images(args.data or trained["data"], images.shape[1], root=args.data_root)
-        data = CorruptedImages(clean, None, trained.get("p", 0), trained.get("sigma", 0), trained.get("seed", 0))
+    settings = [tuple(t.get(k) for k in ("data", "p", "sigma", "seed")) for _, _, t, _ in table]
+    (name, p, sigma, seed), rows = settings[0], []
+    with contextlib.suppress(ValueError):  # the set may not be on this machine; the samples' rows stand without it
+        clean, _ = load_images(args.data or name or "synthetic", table[0][1].shape[1], root=args.data_root)
+        data = CorruptedImages(clean, None, p or 0, sigma or 0, seed or 0)
         index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: max(2000, args.n)]
-        rows = [("training images, clean", data.clean(index)), ("as trained on", data.batch(index))]
+        rows = [("training images, clean", data.clean(index))]
+        if p and len(set(settings)) == 1:
+            rows.append(("as trained on", data.batch(index)))
     rows += [(name, torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1) for name, x, _, _ in table]
     levels = [metrics.noise_level(x).mean().item() for _, x in rows]
     numbers = [{}] * (len(rows) - len(table)) + [t[3] for t in table]

@@ -10,8 +10,8 @@ The price is variety: on the clean sets Robust_adv keeps 90 % of the plane's ext
 modes' width. All three modes stay. Density and score are known in closed form; the losses are losses.py's, unchanged.
 
     python toy3d.py                                   # outliers, five methods, one seed: 2 minutes on 2 cores
-    python toy3d.py --full --out results/toy3d        # + clean and inliers, three seeds: 20 minutes
-    python toy3d.py --sweep --out results/toy3d/sweep # lambda, omega, gamma, share of outliers: 12 minutes
+    python toy3d.py --full --out results/toy3d        # + clean and inliers, three seeds: 30 minutes
+    python toy3d.py --sweep --out results/toy3d/sweep # lambda, omega, gamma, share of outliers: 15 minutes
     python toy3d.py --noises inliers --share 0.5 --methods none,adv
 
 Leaves in --out, as PNG and PDF: fig2a (samples), fig2b (score fields), fig2c (the ray), fig5 (the flow), by_t (error of
@@ -404,6 +404,34 @@ def figure_by_t(out, curves):
     save(fig, out, "by_t")
 
 
+KNOBS = {"lam": ("$\\lambda$", [0.03, 0.1, 0.3, 1, 3]), "omega": ("$\\omega$", [1, 1.5, 2, 3, 4]),
+         "gamma": ("$\\gamma$", [g / 255 for g in (1, 3, 8, 24, 64)]),
+         "share": ("share of outliers", [0, 0.1, 0.2, 0.4, 0.6, 0.8])}
+
+
+def figure_sweep(out, args, results):
+    """results: {"knob=value/set/method": {number: over_seeds}}."""
+    titles = dict(off_support="off support", sliced_w2="sliced W2", spread="spread / true", smallest_weight="smallest mode")
+    panels = [(name, k) for name in args.sets for k in titles if k != "smallest_weight" or len(CENTRES[name]) > 1]
+    fig, axes = grid(len(panels), len(KNOBS), 2.5, 1.7)
+    for line, (name, key) in zip(axes, panels):
+        for ax, (knob, (label, values)) in zip(line, KNOBS.items()):
+            for method in args.methods:
+                r = [results[f"{knob}={value:g}/{name}/{method}"][key] for value in values]
+                c, marker, dash = STYLE[method]
+                ax.errorbar(values, [v["mean"] for v in r], [v["std"] or 0 for v in r], c=c, marker=marker, ls=dash, ms=4,
+                            capsize=2, label=LABEL[method])
+            ax.axvline(getattr(args, knob), color="0.6", lw=0.8, ls=":")
+            ax.set_xscale("log" if knob in ("lam", "gamma") else "linear")
+            ax.set_ylim(bottom=0)
+            ax.grid(alpha=0.3)
+            ax.set_xlabel(label if (name, key) == panels[-1] else "")
+        line[0].set_ylabel(f"{name}\n{titles[key]}", fontsize=9)
+    axes[0, -1].legend(fontsize=8)
+    fig.suptitle("One knob at a time, the others at the dotted defaults; trained with outliers")
+    save(fig, out, "sweep")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the two experiments
 
@@ -460,11 +488,6 @@ def line_of(key, r):
             f"spread {show('spread')}  weights {weights}  diverged {show('diverged')}")
 
 
-KNOBS = {"lam": ("$\\lambda$", [0.03, 0.1, 0.3, 1, 3]), "omega": ("$\\omega$", [1, 1.5, 2, 3, 4]),
-         "gamma": ("$\\gamma$", [g / 255 for g in (1, 3, 8, 24, 64)]),
-         "share": ("share of outliers", [0, 0.1, 0.2, 0.4, 0.6, 0.8])}
-
-
 def sweep(args, out, schedule):
     """One knob at a time, the others at their defaults; DDPM moves with the share alone -> numbers for metrics.json."""
     jobs = [(name, "outliers", seed) for name in args.sets for seed in range(args.seed, args.seed + args.seeds)]
@@ -481,26 +504,7 @@ def sweep(args, out, schedule):
                 for i, name in enumerate(args.sets):
                     numbers = done[run][i * args.seeds : (i + 1) * args.seeds]
                     results[f"{knob}={value:g}/{name}/{method}"] = {k: over_seeds([f[k] for f in numbers]) for k in numbers[0]}
-
-    titles = dict(off_support="off support", sliced_w2="sliced W2", spread="spread / true", smallest_weight="smallest mode")
-    panels = [(name, k) for name in args.sets for k in titles if k != "smallest_weight" or len(CENTRES[name]) > 1]
-    fig, axes = grid(len(panels), len(KNOBS), 2.5, 1.7)
-    for line, (name, key) in zip(axes, panels):
-        for ax, (knob, (label, values)) in zip(line, KNOBS.items()):
-            for method in args.methods:
-                r = [results[f"{knob}={value:g}/{name}/{method}"][key] for value in values]
-                c, marker, dash = STYLE[method]
-                ax.errorbar(values, [v["mean"] for v in r], [v["std"] or 0 for v in r], c=c, marker=marker, ls=dash, ms=4,
-                            capsize=2, label=LABEL[method])
-            ax.axvline(getattr(args, knob), color="0.6", lw=0.8, ls=":")
-            ax.set_xscale("log" if knob in ("lam", "gamma") else "linear")
-            ax.grid(alpha=0.3)
-            if line is axes[-1]:
-                ax.set_xlabel(label)
-        line[0].set_ylabel(f"{name}\n{titles[key]}", fontsize=8)
-    axes[0, 0].legend(fontsize=8)
-    fig.suptitle("One knob at a time, the others at the dotted defaults; trained with outliers")
-    save(fig, out, "sweep")
+    figure_sweep(out, args, results)
     return dict(results=results)
 
 

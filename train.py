@@ -10,12 +10,15 @@ regulariser of Eq. 10 the same network on the same images draws clean ones. --ro
 Robust_adv; inv-ran and inv-adv are the invariance ablation (Eq. 9) that must fail.
 
 Leaves --out/ckpt.pt (raw and EMA weights, optimizer, settings), metrics.jsonl, loss.png, grid.png and metrics.json.
-All randomness is a function of (--seed, step): a resumed run equals an uninterrupted one, and 2 processes equal one.
+All randomness is a function of (--seed, step): a resumed run equals an uninterrupted one and, without dropout, 2
+processes equal one.
 """
 
 import argparse
+import contextlib
 import copy
 import json
+import math
 import os
 import signal
 import sys
@@ -100,9 +103,9 @@ def parse_args():
             setattr(args, key, value)
     if args.warmup is None:
         args.warmup = min(5000, args.iters // 10)
-    args.save_every = args.save_every or min(5000, max(1, args.iters // 10))
+    args.save_every = min(5000, max(1, args.iters // 10)) if args.save_every is None else args.save_every
     args.sample_every = max(1, args.iters // 4) if args.sample_every is None else args.sample_every
-    args.log_every = args.log_every or (10 if args.model == "tiny" else 50)
+    args.log_every = (10 if args.model == "tiny" else 50) if args.log_every is None else args.log_every
     return args
 
 
@@ -118,7 +121,7 @@ def check(args, world):
         raise ValueError(f"--ema {args.ema}: the decay must lie in [0, 1)")
     if not 0 <= args.p <= 1:
         raise ValueError(f"--p {args.p}: the share of corrupted images must lie in [0, 1]")
-    if not args.sigma >= 0:
+    if not 0 <= args.sigma < math.inf:
         raise ValueError(f"--sigma {args.sigma}: the noise level must be >= 0")
     if not args.resume and (args.p > 0 and "sigma" not in args.given or args.sigma > 0 and "p" not in args.given):
         raise ValueError(f"--p {args.p} --sigma {args.sigma}: corruption takes both, the share and the noise level")
@@ -181,10 +184,11 @@ def main():
         (out / ".write-test").write_text("")  # fails here rather than at the first checkpoint
         (out / ".write-test").unlink()
 
-    if world > 1 and rank > 0:
-        dist.barrier()  # rank 0 decodes the images first
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if world > 1 and local > 0:
+        dist.barrier()  # one process of each machine decodes the images first
     images, labels = load_images(args.data, args.image_size, root=args.data_root)
-    if world > 1 and rank == 0:
+    if world > 1 and local == 0:
         dist.barrier()
     data = CorruptedImages(images, labels, args.p, args.sigma, args.seed, device)
     size = data.shape[1]
@@ -255,9 +259,9 @@ def main():
             save_grid(x0, out / f"grid{step:07d}.png")
             (out / "grid.png").write_bytes((out / f"grid{step:07d}.png").read_bytes())
 
-    stop = []  # filled by the first SIGTERM or Ctrl-C; a second one ends the program at once
+    stop = []  # filled by SIGTERM or Ctrl-C; a second Ctrl-C ends the program at once (torchrun repeats SIGTERM by itself)
     for sig in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(sig, lambda s, _: (stop.append(s), signal.signal(s, signal.SIG_DFL)))
+        signal.signal(sig, lambda s, _: (stop.append(s), signal.signal(signal.SIGINT, signal.SIG_DFL)))
 
     def must_stop(step):
         if world == 1:
@@ -276,8 +280,9 @@ def main():
             print("note: this network takes days on a CPU; --model tiny --image-size 16 takes minutes")
     log_path = out / "metrics.jsonl"
     if rank == 0:
-        old = log_path.read_text().splitlines() if first and log_path.exists() else []
-        log_path.write_text("".join(line + "\n" for line in old if json.loads(line)["step"] <= first))
+        old = read_log(log_path) if first else []
+        log_path.with_suffix(".tmp").write_text("".join(json.dumps(d) + "\n" for d in old if d["step"] <= first))
+        os.replace(log_path.with_suffix(".tmp"), log_path)
 
     pending, window_start, step = [], time.time(), first
 
@@ -290,10 +295,12 @@ def main():
             dist.all_reduce(values)
             values /= world
         values = values.tolist()
-        bad = [i for i, v in enumerate(values) if not torch.isfinite(torch.tensor(v[: names.index("grad_norm")])).all()]
+        if scaler.is_enabled():  # fp16: the scaler skips steps whose gradients overflow
+            values = [[0.0 if k == "grad_norm" and not math.isfinite(x) else x for k, x in zip(names, v)] for v in values]
+        bad = [i for i, v in enumerate(values) if not all(map(math.isfinite, v))]
         if bad:
             last = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-            sys.exit(f"train.py: the loss of step {step - len(pending) + bad[0] + 1} is not finite; {last}. "
+            sys.exit(f"train.py: the loss or gradient of step {step - len(pending) + bad[0] + 1} is not finite; {last}. "
                      "Try a lower --lr, or --amp bf16 or fp32")
         line = {k: sum(v[i] for v in values) / len(values) for i, k in enumerate(names)}
         now = time.time()
@@ -306,7 +313,8 @@ def main():
             bar.set_postfix(loss=f"{line['loss']:.4f}", img_s=f"{line['img_per_s']:.0f}")
 
     bar = tqdm(total=args.iters, initial=first, desc=f"train {args.robust}", unit="step", disable=rank > 0)
-    pool = ThreadPoolExecutor(1)
+    on_device = torch.cuda.set_device if device.type == "cuda" else torch.device  # a thread starts on GPU 0
+    pool = ThreadPoolExecutor(1, initializer=on_device, initargs=(device,))
     ahead = pool.submit(draw, first) if data.streams else None
     with bar:
         while step < args.iters and not must_stop(step):
@@ -332,28 +340,32 @@ def main():
             scaler.step(optimizer)
             scaler.update()
             decay = min(args.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(ema.parameters()), params, 1 - decay)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), params, 1 - decay)
 
             step += 1
             pending.append({k: sum(d[k] for d in logs) / args.accum for k in logs[0]} | dict(grad_norm=grad_norm))
             bar.update()
-            if step % args.log_every == 0 or step % args.save_every == 0 or step == args.iters:
+            draws = args.sample_every and step % args.sample_every == 0 and step < args.iters
+            if step % args.log_every == 0 or step % args.save_every == 0 or draws or step == args.iters:
                 flush(step)  # before saving: a checkpoint never holds the result of a non-finite loss
             if step % args.save_every == 0:
                 save(step)
-            if args.sample_every and step % args.sample_every == 0 and step < args.iters:
+                window_start = time.time()  # img/s is that of training alone
+            if draws:
                 grid(step)
+                window_start = time.time()
         if pending:
             flush(step)
         if step % args.save_every or step == first:
             save(step)
-    if stop and step < args.iters:
+    if step < args.iters:  # a signal, perhaps to another process
         if rank == 0:
-            print(f"stopped by {signal.Signals(stop[0]).name} at step {step}; saved {path}; --resume continues")
+            print(f"stopped by a signal at step {step}; saved {path}; --resume continues")
     else:
         grid(step)
     if rank == 0:
-        lines = [json.loads(line) for line in log_path.read_text().splitlines()]
+        lines = read_log(log_path)
         if lines:
             plot(lines, out / "loss.png", args)
             metrics.write_metrics(out, started, seed=args.seed, device=device, n=len(data), world=world,
@@ -371,6 +383,15 @@ def average(grads, world):
     dist.all_reduce(flat)
     parts = (flat / world).split([g.numel() for g in grads])
     torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
+
+
+def read_log(path):
+    """The lines of metrics.jsonl; one that a kill or a full disk cut short is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
 
 
 def memory(device):

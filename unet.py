@@ -13,7 +13,6 @@ import math
 import os
 import pickle
 import re
-import uuid
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ PRESETS = {
     "ddpm": dict(channels=(128, 256, 256, 256), attention=(False, True, False, False), blocks=2, dropout=0.1),
     # DDIM's CelebA network for 64x64, attention at 16x16: 78.7 M parameters.
     "ddpm64": dict(channels=(128, 256, 256, 256, 512), attention=(False, False, True, False, False), blocks=2, dropout=0.1),
-    # 2.4 M parameters, trains on a CPU at 16x16 (minutes) or 32x32. No dropout: its runs are too short to overfit.
+    # 2.8 M parameters, trains on a CPU at 16x16 (minutes) or 32x32. No dropout: its runs are too short to overfit.
     "tiny": dict(channels=(64, 96, 96), attention=(False, True, False), blocks=1, dropout=0.0),
 }
 
@@ -243,13 +242,16 @@ def _read_diffusers(folder):
                 from safetensors.torch import load_file
             except ImportError:
                 raise ValueError(f"{path}: reading it takes `pip install safetensors`") from None
-            return load_file(path)
+            try:
+                return load_file(path)
+            except Exception as e:  # safetensors' own error derives from Exception alone
+                raise ValueError(f"{path}: truncated or not a safetensors file ({str(e).splitlines()[0]})") from None
     raise ValueError(f"{folder}: no diffusion_pytorch_model.safetensors or .bin")
 
 
 def save_checkpoint(path, ckpt):
     """Write tensors and plain values so that `path` is at every moment the old or the new file, never half of one."""
-    tmp = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    tmp = f"{path}.tmp"
     try:
         with open(tmp, "wb") as f:
             torch.save(ckpt, f)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,9 +173,26 @@ def test_compiled_attack_and_loss_equal_eager(tmp_path):
     assert torch.allclose(*values, rtol=1e-4, atol=1e-6)
 
 
+def test_the_average_of_the_weights_holds_no_graph(checkpoint, monkeypatch, tmp_path):
+    """EMA tensors with a grad_fn would keep every step of the run in memory."""
+    seen = []
+    monkeypatch.setattr(train, "generate", lambda ema, *args, **kw: seen.append(ema) or torch.zeros(64, 3, 8, 8))
+    assert call(train, *SMALL, "--iters", 2, "--out", tmp_path) == 0
+    assert seen and not any(p.requires_grad or p.grad_fn is not None for p in seen[0].parameters())
+
+
+def test_half_written_log_line_does_not_stop_a_resume(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 11, "lo')
+    assert call(train, "--resume", "--iters", 11, "--device", "cpu", "--sample-every", 0, "--out", tmp_path / "run") == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 12))
+
+
 def test_non_finite_loss_names_step_and_checkpoint(checkpoint, tmp_path):
     message = call(train, *SMALL, "--iters", 20, "--lr", 1e30, "--warmup", 0, "--out", tmp_path, "--save-every", 1)
-    assert "the loss of step" in message and "not finite" in message and "ckpt.pt" in message
+    assert "the loss or gradient of step" in message and "not finite" in message and "ckpt.pt" in message
     assert torch.isfinite(weights(tmp_path)[0]).all() or weights(tmp_path)[1]["step"] == 1
 
 
@@ -224,6 +242,9 @@ def test_sample_refuses_bad_input(capsys, tmp_path, checkpoint):
     good = checkpoint / "ckpt.pt"
     assert "--n 0" in refuse("--ckpt", good, "--n", 0)
     assert "--steps 0" in refuse("--ckpt", good, "--steps", 0)
+    assert "--steps 0" in refuse("--ckpt", good, "--steps", 0, "--sampler", "ddim")
+    assert "share the folder" in refuse("--ckpt", good, good)
+    assert "--device mps" in bad(capsys, sample, "--ckpt", good, "--device", "mps")
     assert "--steps 1001" in refuse("--ckpt", good, "--steps", 1001, "--sampler", "ddim")
     assert "--spacing naive" in refuse("--ckpt", good, "--spacing", "naive", "--sampler", "ddim")
     assert "--eta 2" in refuse("--ckpt", good, "--eta", 2, "--sampler", "ddim")
@@ -232,6 +253,15 @@ def test_sample_refuses_bad_input(capsys, tmp_path, checkpoint):
     assert "truncated" in refuse("--ckpt", tmp_path / "short.pt")
     assert "no config.json" in refuse("--ckpt", tmp_path)
     assert "no such file" in refuse("--ckpt", good, "--n", 4, "--fid", "--inception-weights", tmp_path / "none.pth")
+
+
+def test_several_samples_in_one_call(checkpoint, tmp_path):
+    assert call(sample, "--ckpt", checkpoint / "ckpt.pt", "--n", 20, "--steps", 2, 4, "--spacing", "respaced", "naive",
+                "truncated", "--device", "cpu", "--no-png", "--out", tmp_path) == 0
+    lines = (tmp_path / "table.csv").read_text().splitlines()
+    assert len(lines) == 1 + 2 + 6 and lines[1].startswith("training images, clean") and lines[2].startswith("as trained on")
+    assert (tmp_path / "side_by_side.png").exists()
+    assert len(list(tmp_path.glob("*/samples.npz"))) == 6
 
 
 def test_full_disk_keeps_the_previous_checkpoint(capsys, tmp_path, checkpoint, monkeypatch):
