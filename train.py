@@ -50,7 +50,7 @@ METHODS = {  # --robust -> (perturb, constraint)
 RECIPES = {  # what --iters, --batch-size and --lr default to; DDPM's own, tiny is ours
     "ddpm": dict(iters=800_000, batch_size=128, lr=2e-4),
     "ddpm64": dict(iters=500_000, batch_size=128, lr=2e-4),
-    "tiny": dict(iters=1200, batch_size=64, lr=1e-3),
+    "tiny": dict(iters=1200, batch_size=64, lr=5e-4),
 }
 # what makes a run the run it is: --resume refuses to change these, and takes all other settings as they were unless given
 FIXED = ("robust p sigma lam omega gamma ray_units objective detach data image_size model batch_size lr warmup clip_grad "
@@ -77,7 +77,7 @@ def parse_args():
     add("--iters", type=int, help="optimizer steps; default ddpm 800000, ddpm64 500000, tiny 1200")
     add("--batch-size", type=int, help="over all processes and accumulation steps; default ddpm 128, tiny 64")
     add("--accum", type=int, default=1, help="gradient accumulation steps within a batch")
-    add("--lr", type=float, help="default ddpm 2e-4, tiny 1e-3")
+    add("--lr", type=float, help="default ddpm 2e-4, tiny 5e-4")
     add("--warmup", type=int, help="linear warm-up steps; default 5000, at most a tenth of --iters")
     add("--optimizer", choices=["adam", "adamw"], default="adam")
     add("--clip-grad", type=float, default=1.0)
