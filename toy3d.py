@@ -311,7 +311,7 @@ def save(fig, out, name):
 
 def figure_2a(out, rows, methods, samples, data):
     """Data and samples per method. rows: (set, noise); samples: {set/noise/method: (n, 3)}; data: {(set, noise): (n, 3)}."""
-    fig, axes = grid(len(rows), 1 + len(methods), 1.7, 2.1)
+    fig, axes = grid(len(rows), 1 + len(methods), 1.7, 2.6)
     for (name, noise), line in zip(rows, axes):
         for ax, m in zip(line, [None, *methods]):
             x = data[name, noise] if m is None else samples[f"{name}/{noise}/{m}"]
