@@ -346,13 +346,13 @@ def main():
             step += 1
             pending.append({k: sum(d[k] for d in logs) / args.accum for k in logs[0]} | dict(grad_norm=grad_norm))
             bar.update()
-            draws = args.sample_every and step % args.sample_every == 0 and step < args.iters
-            if step % args.log_every == 0 or step % args.save_every == 0 or draws or step == args.iters:
+            grid_due = args.sample_every and step % args.sample_every == 0 and step < args.iters
+            if step % args.log_every == 0 or step % args.save_every == 0 or grid_due or step == args.iters:
                 flush(step)  # before saving: a checkpoint never holds the result of a non-finite loss
             if step % args.save_every == 0:
                 save(step)
                 window_start = time.time()  # img/s is that of training alone
-            if draws:
+            if grid_due:
                 grid(step)
                 window_start = time.time()
         if pending:
