@@ -23,7 +23,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import metrics
@@ -88,11 +87,11 @@ def load(args):
 
 
 def train(method, x, args, seed, schedule, device, evaluate):
-    """Train one network on x (N, 3 patch^2, S / patch, S / patch), calling evaluate(ema, step) along the way."""
+    """Train one network on x (N, 3, S, S), calling evaluate(ema, step) along the way."""
     loss_args = METHODS[method][0]
     torch.manual_seed(seed)
     attention = [False] * (len(args.channels) - 1) + [True]
-    net = UNet(channels=args.channels, attention=attention, blocks=1, dropout=0.0, in_channels=x.shape[1])
+    net = UNet(channels=args.channels, attention=attention, blocks=1, dropout=0.0, patch=args.patch)
     net = net.to(device, memory_format=torch.channels_last).train()
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
@@ -163,7 +162,6 @@ def main():
     mu_t, U_t = torch.tensor(mu, dtype=torch.float32, device=device), torch.tensor(U, dtype=torch.float32, device=device)
     scales_t = torch.tensor(scales, dtype=torch.float32, device=device)
 
-    shape = (3 * args.patch**2, S // args.patch, S // args.patch)
     samples, curves = {}, {}  # condition/method -> (n, D); -> {seed: [(step, rho, psnr, signal std)]}
     shown = {}
     for seed in range(args.seed, args.seed + args.seeds):
@@ -172,8 +170,7 @@ def main():
         clean = mu_t + (alpha * scales_t) @ U_t  # x' = mu + sum_i lambda_i alpha_i U_i
         noise = args.sigma * torch.randn(clean.shape, generator=g).to(device)
         noisy = clean + noise * (torch.rand(args.n_train, 1, generator=g) < args.p).to(device)  # fixed once and for all
-        # x' leaves [-1, 1] a little; training works in units of its largest value, so that x^_0 clipping cuts nothing
-        unit = clean.abs().max()
+        bound = clean.abs().max().item()  # x' leaves [-1, 1] a little: x^_0 is clipped to its largest value
         shown.setdefault("training data x'", clean[:16].cpu())
         shown.setdefault(f"with noise, p = {args.p:g}, σ = {args.sigma:g}", noisy[:16].cpu())
         for condition, method in [(c, m) for c in args.conditions for m in args.methods]:
@@ -182,9 +179,9 @@ def main():
             key = f"{condition}/{method}"
             curve = curves.setdefault(key, {}).setdefault(seed, [])
 
-            def evaluate(net, step, key=key, curve=curve, seed=seed, unit=unit):
-                x = generate(net, schedule, range(args.n_eval), shape, seed, device, "ddim", steps=args.sample_steps)
-                x = F.pixel_shuffle(x, args.patch).flatten(1) * unit
+            def evaluate(net, step, key=key, curve=curve, seed=seed, bound=bound):
+                x = generate(net, schedule, range(args.n_eval), (3, S, S), seed, device, "ddim", steps=args.sample_steps,
+                             clip=bound).flatten(1)
                 rho = subspace_error(x, mu_t, U_t)
                 quality = metrics.psnr(x, project(x, mu_t, U_t))
                 signal = ((x - mu_t) @ U_t.T / scales_t).std(0).mean()  # 1: all the variance of the subspace is kept
@@ -192,11 +189,9 @@ def main():
                 if seed == args.seed:
                     samples[key] = x.cpu().numpy()
 
-            x = (clean if condition == "clean" else noisy) / unit
+            x = clean if condition == "clean" else noisy
             begun = time.time()
-            # Patches as channels: an orthonormal re-ordering of the pixels, under which every equation stays as it is (ours).
-            # A component of the subspace spans the whole image, and this network sees all of it in a few layers.
-            x = F.pixel_unshuffle(x.view(-1, 3, S, S), args.patch).contiguous(memory_format=torch.channels_last)
+            x = x.view(-1, 3, S, S).contiguous(memory_format=torch.channels_last)
             train(method, x, args, seed, schedule, device, evaluate)
             step, rho, quality, signal = curve[-1]
             print(f"seed {seed} {key:20s} rho {rho:6.2f} ({rho / math.sqrt(len(mu)):.4f} per pixel)  PSNR {quality:5.2f} dB  "

@@ -134,10 +134,7 @@ def extract(network, images, batch_size=250, device="cpu", desc="features"):
 
 def reference_moments(network, network_key, images, cache, batch_size=250, device="cpu"):
     """Moments of the reference images' features, cached under a key of the network and of every pixel."""
-    digest = hashlib.sha256(f"{network_key}|{images.shape}".encode())
-    for i in range(0, len(images), 10_000):
-        digest.update(np.ascontiguousarray(images[i : i + 10_000]))
-    path = Path(cache) / f"moments-{digest.hexdigest()[:20]}.npz"
+    path = Path(cache) / f"moments-{images_key(network_key, images)}.npz"
     if path.exists():
         with np.load(path) as f:
             return f["mu"], f["cov"]
@@ -147,6 +144,14 @@ def reference_moments(network, network_key, images, cache, batch_size=250, devic
     np.savez(tmp, mu=mu, cov=cov)
     os.replace(tmp, path)
     return mu, cov
+
+
+def images_key(key, images):
+    """A cache key of `key` and of every pixel of images (N, S, S, 3) uint8."""
+    digest = hashlib.sha256(f"{key}|{images.shape}".encode())
+    for i in range(0, len(images), 10_000):
+        digest.update(np.ascontiguousarray(images[i : i + 10_000]))
+    return digest.hexdigest()[:20]
 
 
 def file_key(path):

@@ -43,7 +43,7 @@ def ddpm_step(x_t, eps, z, abar, abar_prev, clip=True, variance="fixed-large"):
     variance: s_t^2 = beta_t ("fixed-large") or beta~_t ("fixed-small").
     """
     x0 = predict_x0(x_t, eps, abar)
-    mean = posterior_mean(x0.clamp(-1, 1) if clip else x0, x_t, abar, abar_prev)
+    mean = posterior_mean(x0.clamp(-float(clip), float(clip)) if clip else x0, x_t, abar, abar_prev)
     var = 1 - abar / abar_prev
     if variance not in ("fixed-large", "fixed-small"):
         raise ValueError(f"variance={variance!r}: need 'fixed-large' or 'fixed-small'")
@@ -56,7 +56,7 @@ def ddim_step(x_t, eps, z, abar, abar_prev, eta=0.0, clip=True):
     """DDIM, Eq. 12 of Song et al. (2021); eta = 0 is deterministic. eps is not re-derived from the clipped x^_0."""
     std = eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
     x0 = predict_x0(x_t, eps, abar)
-    x0 = x0.clamp(-1, 1) if clip else x0
+    x0 = x0.clamp(-float(clip), float(clip)) if clip else x0
     return like(abar_prev.sqrt(), x_t) * x0 + like((1 - abar_prev - std**2).sqrt(), x_t) * eps + like(std, x_t) * z
 
 
@@ -110,7 +110,8 @@ def ddpm_sample(model, schedule, x_T, steps=None, spacing="respaced", clip=True,
                 on_step=None):
     """Ancestral sampling (Eq. 5). steps: None for all T; spacing: see ddpm_timesteps; variance: see ddpm_step.
 
-    clip: x^_0 to [-1, 1] (images; not for other data). noise(i): the z of step i, by default from the global generator.
+    clip: x^_0 to [-1, 1] (images), to [-clip, clip] for a number, False: not at all. noise(i): the z of step i, by default
+    from the global generator.
     on_step(i, t, x_t) -> x_t is called before the network at every step, to record or to perturb.
     """
     def step(x, eps, z, abar, abar_prev):
@@ -158,7 +159,7 @@ def heun_sample(model, schedule, x_T, steps=18, S_churn=0.0, S_min=0.0, S_max=fl
         eps = model(x * abars[t].sqrt().to(x.dtype), torch.full((len(x),), t, device=x.device)).to(x.dtype)
         if not clip:
             return eps.clone()  # a CUDA graph writes its next output over this one
-        return (x - (x - table[t] * eps).clamp(-1, 1)) / table[t]
+        return (x - (x - table[t] * eps).clamp(-float(clip), float(clip))) / table[t]
 
     x = x_T / abars[ts[0]].sqrt().to(x_T.dtype)
     for i, t in enumerate(ts):

@@ -194,9 +194,8 @@ def main():
     size = data.shape[1]
     if args.batch_size > len(data):
         raise ValueError(f"--batch-size {args.batch_size}: larger than --data {args.data} with its {len(data)} images")
-    factor = 2 ** (len(net.config["channels"]) - 1)
-    if size % factor:
-        raise ValueError(f"--image-size {size}: --model {args.model} needs a multiple of {factor}")
+    if size % net.factor:
+        raise ValueError(f"--image-size {size}: --model {args.model} needs a multiple of {net.factor}")
 
     settings = {k: v for k, v in vars(args).items() if k not in ("given", "out", "device", "resume", "overwrite", "init")}
     schedule = NoiseSchedule().to(device)

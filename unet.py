@@ -87,18 +87,21 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """eps_theta: x (B, C, H, W), t (B,) in 0..T-1 -> the predicted unit noise, x's shape and dtype.
 
-    channels: width of each resolution, halving from one to the next, so H and W must divide by 2^(len(channels) - 1);
-    attention: per resolution; blocks: residual blocks per resolution. `config` rebuilds the network: UNet(**net.config).
+    channels: width of each resolution, halving from one to the next, so H and W must divide by `factor`,
+    patch 2^(len(channels) - 1); attention: per resolution; blocks: residual blocks per resolution; patch: the network sees
+    patch x patch pixels as channels (ours, for CPUs: wants channels[0] well above 2 in_channels patch^2).
+    `config` rebuilds the network: UNet(**net.config).
     """
 
     def __init__(self, channels=(128, 256, 256, 256), attention=(False, True, False, False), blocks=2, dropout=0.1,
-                 groups=32, in_channels=3):
+                 groups=32, in_channels=3, patch=1):
         super().__init__()
         self.config = dict(channels=list(channels), attention=list(attention), blocks=blocks, dropout=dropout,
-                           groups=groups, in_channels=in_channels)
+                           groups=groups, in_channels=in_channels, patch=patch)
+        self.patch, self.factor = patch, patch * 2 ** (len(channels) - 1)
         c0, c_emb, last = channels[0], 4 * channels[0], len(channels) - 1
         self.time = nn.Sequential(nn.Linear(c0, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
-        self.conv_in = conv3x3(in_channels, c0)
+        self.conv_in = conv3x3(in_channels * patch**2, c0)
 
         self.down, skips, c = nn.ModuleList(), [c0], c0
         for i, width in enumerate(channels):
@@ -120,7 +123,7 @@ class UNet(nn.Module):
             self.up.append(Level(widths, c_emb, attention[i], groups, dropout, conv3x3(c, c) if i > 0 else None))
 
         self.norm_out = nn.GroupNorm(groups, c0, eps=1e-6)
-        self.conv_out = conv3x3(c0, in_channels)
+        self.conv_out = conv3x3(c0, in_channels * patch**2)
         self._init_weights()
 
     def _init_weights(self):
@@ -138,13 +141,12 @@ class UNet(nn.Module):
                 nn.init.zeros_(getattr(m, zero).weight)
 
     def forward(self, x, t):
-        factor = 2 ** (len(self.down) - 1)
-        if x.shape[-1] % factor or x.shape[-2] % factor:
-            raise ValueError(f"image size {x.shape[-2]}x{x.shape[-1]} does not divide by {factor}, as this network needs")
+        if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
+            raise ValueError(f"image size {x.shape[-2]}x{x.shape[-1]} does not divide by {self.factor}, as this network needs")
         emb = timestep_embedding(t, self.time[0].in_features).to(self.time[0].weight.dtype)
         emb = F.silu(self.time(emb))  # (B, 4 c0)
 
-        h = self.conv_in(x)
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
         hs = [h]
         for level in self.down:
             for res, attn in zip(level.res, level.attn):
@@ -162,7 +164,8 @@ class UNet(nn.Module):
                 h = attn(res(torch.cat([h, hs.pop()], dim=1), emb))
             if level.resample is not None:
                 h = level.resample(F.interpolate(h, scale_factor=2.0, mode="nearest"))
-        return self.conv_out(F.silu(self.norm_out(h))).to(x.dtype)
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return (F.pixel_shuffle(h, self.patch) if self.patch > 1 else h).to(x.dtype)
 
     @classmethod
     def load(cls, checkpoint, ema=True):

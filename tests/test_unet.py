@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from unet import PRESETS, UNet, load_checkpoint, save_checkpoint
 
@@ -265,3 +266,16 @@ def test_broken_files(tmp_path):
         load_checkpoint(path)
     with pytest.raises(ValueError, match="no such"):
         load_checkpoint(tmp_path / "b.pt")
+
+
+def test_patch_is_the_network_on_reordered_pixels():
+    """UNet(patch=2) is the same network, applied to 2x2 pixels as channels."""
+    config = dict(channels=(32, 32), attention=(False, True), blocks=1, dropout=0.0)
+    net, inner = UNet(**config, patch=2).double().eval(), UNet(**config, in_channels=12).double().eval()
+    torch.nn.init.normal_(net.conv_out.weight, std=0.1)
+    inner.load_state_dict(net.state_dict())
+    x, t = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([3, 900])
+    want = F.pixel_shuffle(inner(F.pixel_unshuffle(x, 2), t), 2)
+    assert want.std() > 0.01 and torch.equal(net(x, t), want)
+    with pytest.raises(ValueError, match="divide by 4"):
+        net(x[..., :6], t)
