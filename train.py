@@ -47,10 +47,11 @@ METHODS = {  # --robust -> (perturb, constraint)
     "inv-ran": ("ran", "invariance"),
     "inv-adv": ("adv", "invariance"),
 }
-RECIPES = {  # what --iters, --batch-size and --lr default to; DDPM's own, tiny is ours
+RECIPES = {  # what --iters, --batch-size and --lr default to; DDPM's own, tiny and mini are ours
     "ddpm": dict(iters=800_000, batch_size=128, lr=2e-4),
     "ddpm64": dict(iters=500_000, batch_size=128, lr=2e-4),
     "tiny": dict(iters=1200, batch_size=64, lr=5e-4),
+    "mini": dict(iters=1200, batch_size=64, lr=1e-3),
 }
 # what makes a run the run it is: --resume refuses to change these, and takes all other settings as they were unless given
 FIXED = ("robust p sigma lam omega gamma ray_units objective detach data image_size model batch_size lr warmup clip_grad "
@@ -72,16 +73,16 @@ def parse_args():
     add("--data", default="synthetic", metavar="NAME", help=NAMES)
     add("--data-root", default="data", help="downloads and decoded caches")
     add("--image-size", type=int, metavar="S", help="resize to S x S; default: the set's own size")
-    add("--model", choices=PRESETS, default="ddpm", help="ddpm: 35.7 M parameters for 32x32; ddpm64; tiny: 2.8 M, for a CPU")
+    add("--model", choices=PRESETS, default="ddpm", help="ddpm: 35.7 M parameters for 32x32; ddpm64; tiny, mini: for a CPU")
     add("--out", default="out")
-    add("--iters", type=int, help="optimizer steps; default ddpm 800000, ddpm64 500000, tiny 1200")
-    add("--batch-size", type=int, help="over all processes and accumulation steps; default ddpm 128, tiny 64")
+    add("--iters", type=int, help="optimizer steps; default ddpm 800000, ddpm64 500000, tiny, mini 1200")
+    add("--batch-size", type=int, help="over all processes and accumulation steps; default ddpm 128, tiny, mini 64")
     add("--accum", type=int, default=1, help="gradient accumulation steps within a batch")
-    add("--lr", type=float, help="default ddpm 2e-4, tiny 5e-4")
+    add("--lr", type=float, help="default ddpm 2e-4, tiny 5e-4, mini 1e-3")
     add("--warmup", type=int, help="linear warm-up steps; default 5000, at most a tenth of --iters")
     add("--optimizer", choices=["adam", "adamw"], default="adam")
     add("--clip-grad", type=float, default=1.0)
-    add("--dropout", type=float, help="default ddpm 0.1, tiny 0")
+    add("--dropout", type=float, help="default ddpm 0.1, tiny, mini 0")
     add("--ema", type=float, default=0.9999, help="EMA decay, ramped up as (1 + step) / (10 + step) (ours)")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="random mirror images")
     add("--seed", type=int, default=0)
@@ -90,7 +91,7 @@ def parse_args():
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
     add("--save-every", type=int, metavar="K", help="steps between checkpoints; default 5000, at most a tenth of --iters")
     add("--sample-every", type=int, metavar="K", help="steps between EMA sample grids; default a quarter of --iters; 0: never")
-    add("--log-every", type=int, metavar="K", help="steps between log lines and checks for NaN; default 50 (10 for tiny)")
+    add("--log-every", type=int, metavar="K", help="steps between log lines and checks for NaN; default 50 (10 for tiny, mini)")
     add("--resume", action="store_true", help="continue from OUT/ckpt.pt with its settings; --iters may grow")
     add("--overwrite", action="store_true", help="start again although OUT holds a checkpoint")
     add("--init", metavar="PATH", help="start from the EMA weights of a checkpoint, or from a diffusers folder")
@@ -105,7 +106,7 @@ def parse_args():
         args.warmup = min(5000, args.iters // 10)
     args.save_every = min(5000, max(1, args.iters // 10)) if args.save_every is None else args.save_every
     args.sample_every = max(1, args.iters // 4) if args.sample_every is None else args.sample_every
-    args.log_every = (10 if args.model == "tiny" else 50) if args.log_every is None else args.log_every
+    args.log_every = (10 if args.model in ("tiny", "mini") else 50) if args.log_every is None else args.log_every
     return args
 
 
@@ -275,7 +276,7 @@ def main():
         n_params = sum(p.numel() for p in params) / 1e6
         print(f"{args.robust}: {n_params:.1f} M parameters, {len(data)} images {size}x{size} of {args.data}, "
               f"{int(data.corrupted.sum())} with noise {args.sigma}, {device} x {world}, steps {first}..{args.iters} -> {out}")
-        if device.type == "cpu" and args.model != "tiny":
+        if device.type == "cpu" and args.model.startswith("ddpm"):
             print("note: this network takes days on a CPU; --model tiny --image-size 16 takes minutes")
     log_path = out / "metrics.jsonl"
     if rank == 0:

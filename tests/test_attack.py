@@ -1,0 +1,312 @@
+"""attack.py: gradients in closed form (a linear network), budgets, self-checks that fail when they must, the command."""
+
+import argparse
+import gc
+import json
+import math
+import sys
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+import attack
+import metrics
+import sample
+from data import CORRUPTION_STREAM, image_noise
+from losses import NoiseSchedule
+from unet import PRESETS, UNet, save_checkpoint
+
+SCHEDULE = NoiseSchedule()
+ABAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+SHAPE, INDEX = (2, 3, 2), torch.tensor([3, 0, 7])
+A = 0.6 * torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+DDPM = dict(steps=20, spacing="respaced", variance="fixed-large", clip=False)
+DDIM = dict(steps=20, eta=0.0, clip=False)
+SAMPLERS = pytest.mark.parametrize("sampler, options", [
+    ("ddpm", DDPM), ("ddpm", DDPM | dict(spacing="naive")), ("ddim", DDIM), ("ddim", DDIM | dict(eta=1.0))])
+
+
+def linear(x, t):
+    return (x.flatten(1) @ A.T).view_as(x)
+
+
+def curved(x, t):
+    return torch.tanh(1.5 * linear(x, t)) + 0.5 * torch.sin(3 * x)
+
+
+def draw(*shape, seed=1):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def noise(i, j, index=INDEX):
+    return image_noise(5, index, attack.stream(i, j), SHAPE).double()
+
+
+def hook(model, sampler="ddpm", options=DDPM, index=INDEX, share=1.0, **kw):
+    pairs, step = attack.sampler_steps(sampler, options, 1000)
+    return attack.attack(model, SCHEDULE, pairs, step, index, 5, attack.attacked_steps(len(pairs), share), **kw), pairs
+
+
+def closed_form(sampler, options, t, t_prev):
+    """M = d mean / dx of a step without clipping, the s_t of its noise and beta; DDPM by Eq. 5, not by mu~ of x^_0."""
+    a, b = ABAR[t], ABAR[t_prev] if t_prev >= 0 else 1.0
+    beta, eye = 1 - a / b, torch.eye(12, dtype=torch.float64)
+    if sampler == "ddpm":
+        return (eye - beta / math.sqrt(1 - a) * A) / math.sqrt(1 - beta), math.sqrt(beta) if t_prev >= 0 else 0.0, beta
+    s = options["eta"] * math.sqrt((1 - b) / (1 - a) * beta)
+    return math.sqrt(b / a) * (eye - math.sqrt(1 - a) * A) + math.sqrt(1 - b - s * s) * A, s, beta
+
+
+def test_attacked_steps():
+    for n in (1, 7, 50, 1000):
+        for share in (0, 0.1, 0.25, 0.29, 0.5, 2 / 3, 0.75, 1):
+            steps = attack.attacked_steps(n, share)
+            assert len(steps) == math.floor(n * share + 1e-9)
+            assert not steps or np.ptp(np.diff([-1, *steps])) <= 1  # evenly
+    assert attack.attacked_steps(8, 0.25) == [3, 7] and attack.attacked_steps(8, 1) == list(range(8))
+    for bad in (-0.1, 1.01, float("nan")):
+        with pytest.raises(ValueError, match="share"):
+            attack.attacked_steps(10, bad)
+
+
+def test_streams_are_apart():
+    streams = [attack.stream(i, j) for i in (0, 1, 999) for j in (0, 1, 2**20 - 1)]
+    assert min(streams) > 1000 and max(streams) < CORRUPTION_STREAM and len(set(streams)) == len(streams)
+
+
+@SAMPLERS
+@pytest.mark.parametrize("scale", ["std", "var"])
+def test_fgsm_of_a_linear_network(sampler, options, scale):
+    """J = |M (x' - x_t)|^2, so that delta = scale_t sign(M' M (x' - x_t)), at every step."""
+    on_step, pairs = hook(linear, sampler, options, scale=scale, phi=0.7)
+    x_t = draw(3, *SHAPE)
+    for i, (t, t_prev) in enumerate(pairs):
+        M, _, beta = closed_form(sampler, options, t, t_prev)
+        r = math.sqrt(beta) if scale == "std" else beta
+        start = 0.7 * r * noise(i, 0).flatten(1)
+        delta = (on_step(i, t, x_t) - x_t).flatten(1)
+        torch.testing.assert_close(delta, r * torch.sign(start @ M.T @ M), rtol=1e-9, atol=1e-12)
+
+
+def test_clipping_is_the_samplers():
+    """Where x^_0 is clipped it has no gradient: with all of it clipped, M is a multiple of I and delta the start's sign."""
+    x_t = 5 * draw(3, *SHAPE).sign()
+    on_step, pairs = hook(lambda x, t: -5 * x, options=DDPM | dict(clip=True))
+    assert torch.equal((on_step(10, pairs[10][0], x_t) - x_t).sign(), noise(10, 0).sign())
+
+
+@pytest.mark.parametrize("phi, iters, factor", [(1.0, 1, 2.0), (3.0, 4, 2.0), (3.0, 4, 1.0)])
+def test_projected_steps(phi, iters, factor):
+    """Every iterate from the closed form: the start clamped to the ball, steps of factor scale_t / k, projected."""
+    on_step, pairs = hook(linear, phi=phi, iters=iters, factor=factor)
+    x_t = draw(3, *SHAPE)
+    for i in (0, 10, 19):
+        M, _, beta = closed_form("ddpm", DDPM, *pairs[i])
+        r = math.sqrt(beta)
+        delta = phi * r * noise(i, 0).flatten(1)
+        if iters == 1:
+            delta = r * torch.sign(delta @ M.T @ M)
+        else:
+            delta = delta.clamp(-r, r)
+            for _ in range(iters):
+                delta = (delta + factor * r / iters * torch.sign(delta @ M.T @ M)).clamp(-r, r)
+        ours = (on_step(i, pairs[i][0], x_t) - x_t).flatten(1)
+        torch.testing.assert_close(ours, delta, rtol=1e-9, atol=1e-12)
+        assert ours.abs().max() <= r * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("sampler, options", [("ddpm", DDPM), ("ddim", DDIM | dict(eta=1.0))])
+def test_averaging_over_the_noise(sampler, options):
+    """The gradient for N draws is 2 M' (M d + s (mean z' - mean z)) / scale_t^2: it tends to N = 0's as 1 / sqrt(N)."""
+    seen = []
+
+    def watched(x, t):
+        if x.requires_grad:
+            x.register_hook(lambda g: seen.append(g.flatten(1)))
+        return linear(x, t)
+
+    i, x_t, error, index = 10, draw(40, *SHAPE), {}, torch.arange(40)
+    for n in (0, 1, 64):
+        on_step, pairs = hook(watched, sampler, options, index, eot=n)
+        on_step(i, pairs[i][0], x_t)
+        M, s, beta = closed_form(sampler, options, *pairs[i])
+        z = sum(noise(i, 3 + 2 * k, index) - noise(i, 2 + 2 * k, index) for k in range(n)) / max(n, 1)
+        z = z.flatten(1) if n else 0.0
+        d = math.sqrt(beta) * noise(i, 0, index).flatten(1)
+        torch.testing.assert_close(seen[-1], 2 * (d @ M.T + s * z) @ M / beta, rtol=1e-8, atol=1e-9)
+        error[n] = (seen[-1] - seen[0]).square().mean().sqrt().item()
+    assert len(seen) == 3 and error[1] / error[64] == pytest.approx(8, rel=0.15)
+
+
+@pytest.mark.parametrize("sampler, options", [("ddpm", DDPM | dict(steps=5)), ("ddim", DDIM | dict(steps=5))])
+@pytest.mark.parametrize("kw", [dict(), dict(iters=3, eot=2), dict(kind="random")])
+def test_image_i_does_not_depend_on_the_batch(sampler, options, kw):
+    def model(x, t):
+        return curved(x.double(), t).to(x.dtype)
+
+    def run(index):
+        on_step, _ = hook(model, sampler, options, index, **kw)
+        return sample.generate(model, SCHEDULE, index, SHAPE, 5, "cpu", sampler, on_step=on_step, **options)
+
+    torch.testing.assert_close(run(torch.tensor([4, 9, 2]))[1:2], run(torch.tensor([9])), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler, options", [("ddpm", DDPM), ("ddim", DDIM), ("ddpm", DDPM | dict(spacing="naive"))])
+def test_attack_beats_the_random_control(sampler, options):
+    """And more steps beat one. Where beta is small, mean(x) is nearly x, whatever the network: J has no direction to find."""
+    gain, index = [], torch.arange(30)
+    for iters in (1, 5):
+        tally = torch.zeros(30, len(attack.TALLY), dtype=torch.float64)
+        on_step, pairs = hook(curved, sampler, options, index, iters=iters, tally=tally)
+        for i, (t, _) in enumerate(pairs):
+            on_step(i, t, draw(30, *SHAPE, seed=i))
+        checks = attack.summarise(tally)
+        assert checks["probes"] == 30 * 20 and checks["outside_ball"] == 0
+        assert checks["nonfinite_gradients"] == 0 and checks["zero_gradients"] == 0
+        gain.append((checks["J_above_random"], checks["J_over_random"]))
+    if options.get("spacing") == "naive":
+        assert abs(gain[0][1] - 1) < 0.01
+    else:
+        assert gain[0][0] > 0.6 and gain[0][1] > 1.1 and gain[1][1] > gain[0][1], gain
+
+
+def test_random_control():
+    on_step, pairs = hook(None, kind="random")  # needs no network
+    x_t, r = draw(3, *SHAPE), math.sqrt(closed_form("ddpm", DDPM, *pairs[4])[2])
+    delta = on_step(4, pairs[4][0], x_t) - x_t
+    torch.testing.assert_close(delta.abs(), torch.full_like(delta, r))
+    assert 0 < (delta > 0).double().mean() < 1
+
+
+@pytest.mark.parametrize("iters", [1, 3])
+def test_calls_and_memory(iters):
+    """1 + iters calls on an attacked step, none elsewhere; after a step no graph is alive, nor more tensors for more steps."""
+    live = []
+    for steps in (8, 40):
+        calls, graphs, attacked = [], [], attack.attacked_steps(steps, 0.5)
+
+        def model(x, t, calls=calls, graphs=graphs):
+            y = curved(x, t)
+            calls.append(x.requires_grad)
+            graphs += [weakref.ref(y)] if y.requires_grad else []
+            return y
+
+        on_step, _ = hook(model, options=DDPM | dict(steps=steps), share=0.5, iters=iters, eot=1)
+
+        def watch(i, t, x, on_step=on_step, calls=calls, graphs=graphs, attacked=attacked, steps=steps):
+            before = len(calls)
+            x = on_step(i, t, x)
+            assert calls[before:] == ([False] + [True] * iters if i in attacked else []) and not x.requires_grad
+            assert all(ref() is None for ref in graphs)
+            if i == steps - 1:
+                live.append(sum(type(o) is torch.Tensor for o in gc.get_objects()))
+            return x
+
+        sample.ddpm_sample(model, SCHEDULE, draw(3, *SHAPE), steps, on_step=watch)
+        assert len(graphs) == iters * len(attacked)
+    assert live[0] == live[1]
+
+
+def test_weights_get_no_gradient():
+    net = torch.nn.Linear(12, 12).double()
+    on_step, pairs = hook(lambda x, t: net(x.flatten(1)).view_as(x))
+    on_step(0, pairs[0][0], draw(3, *SHAPE))
+    assert net.weight.grad is None and net.weight.requires_grad
+
+
+def checks_of(model, **kw):
+    tally = torch.zeros(3, len(attack.TALLY), dtype=torch.float64)
+    on_step, pairs = hook(model, tally=tally, **kw)
+    out = [on_step(i, t, draw(3, *SHAPE)) for i, (t, _) in enumerate(pairs)]
+    assert all(x.isfinite().all() for x in out)  # the run goes on
+    return " | ".join(attack.summarise(tally)["violated"])
+
+
+def test_violations_are_reported():
+    def spoilt(x, t):  # a NaN in the gradient alone
+        if x.requires_grad:
+            x.register_hook(lambda g: g.index_fill(2, torch.tensor([1]), float("nan")))
+        return curved(x, t)
+
+    def vanishing(x, t):  # the gradient is 0
+        if x.requires_grad:
+            x.register_hook(torch.zeros_like)
+        return linear(x, t)
+
+    def reversed_(x, t):  # its sign is wrong
+        if x.requires_grad:
+            x.register_hook(lambda g: linear(g, t).neg())
+        return curved(x, t)
+
+    assert "NaN or infinite" in checks_of(spoilt) and "are 0" not in checks_of(spoilt)
+    assert "are 0" in checks_of(vanishing) and "random start" in checks_of(vanishing)
+    assert "signs of equal norm" in checks_of(reversed_)
+    constant = checks_of(lambda x, t: torch.zeros_like(x))  # mean is a multiple of x_t: every direction is alike
+    assert "signs of equal norm" in constant and "random start" in constant
+    assert "random start (4" in checks_of(linear, phi=4.0)  # a start of four times the norm wins: said with its size
+    rows = torch.zeros(3, len(attack.TALLY), dtype=torch.float64)
+    rows[1, attack.TALLY.index("outside")], rows[2, attack.TALLY.index("lost")] = 5, 1
+    assert "ball: 5 elements" in (v := " | ".join(attack.summarise(rows)["violated"])) and "samples: 1 hold" in v
+
+
+# the command ---------------------------------------------------------------------------------------------------------
+
+
+def call(*args):
+    old, sys.argv = sys.argv, ["attack.py", *map(str, args), "--device", "cpu"]
+    try:
+        metrics.cli(attack.main)
+    except SystemExit as e:
+        return e.code
+    finally:
+        sys.argv = old
+    return 0
+
+
+@pytest.fixture(scope="module")
+def ckpts(tmp_path_factory):
+    root, paths = tmp_path_factory.mktemp("attack"), []
+    for seed, size in ((0, 8), (1, 16)):
+        torch.manual_seed(seed)
+        net = UNet(**PRESETS["tiny"])
+        torch.nn.init.normal_(net.conv_out.weight, std=0.05)
+        (root / f"net{seed}").mkdir()
+        paths.append(root / f"net{seed}" / "ckpt.pt")
+        save_checkpoint(paths[-1], dict(kind="unet", config=net.config, image_size=size, model=net.state_dict(),
+                                        ema=net.state_dict(), args=dict(data="synthetic:40")))
+    return paths
+
+
+def test_command(ckpts, tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(attack.metrics, "noise_level", lambda x: drawn.append(x) or torch.zeros(1))
+    assert call("--ckpt", ckpts[0], "--n", 3, "--batch-size", 2, "--steps", 2, "--attacked", 0.5, "--out", tmp_path) == 0
+    assert all((tmp_path / f).stat().st_size > 300 for f in ("attack.png", "rows.png", "table.csv", "metrics.json"))
+    record = json.loads((tmp_path / "metrics.json").read_text())
+    rows = record["checkpoints"]["net0"]
+    assert [(r["share"], r["kind"], r["attacked_steps"]) for r in rows] == [(0, "none", 0), (0.5, "adversarial", 1),
+                                                                          (0.5, "random", 1)]
+    assert rows[0]["change_rms"] == 0 and min(r["change_rms"] for r in rows[1:]) > 1e-3
+    assert record["violated"] == len(rows[1]["checks"]["violated"]) == capsys.readouterr().err.count("CHECK VIOLATED")
+    # share 0 is sample.py's sample, bit for bit
+    args = argparse.Namespace(raw=False, compile=False, image_size=None, amp="fp32", batch_size=2, seed=0, sampler="ddpm")
+    model, size, _ = sample.load_model(ckpts[0], args, "cpu")
+    options = dict(steps=2, spacing="respaced", variance="fixed-large", clip=True)
+    plain = sample.sample_uint8(model, size, 3, args, options, torch.device("cpu"), 0, 1)
+    assert torch.equal(((drawn[0] + 1) * 127.5).round().byte().permute(0, 2, 3, 1), torch.from_numpy(plain))
+
+
+@pytest.mark.parametrize("args, message", [
+    (("--attacked", 0.5, 1.5), "--attacked 1.5"), (("--attacked", "nan"), "--attacked nan"), (("--attacked", 0.01), "no step"),
+    (("--sampler", "heun"), "--sampler heun"), (("--phi", 0), "--phi 0"), (("--attack-factor", 0.5), "--attack-factor 0.5"),
+    (("--attack-iters", 0), "--attack-iters 0"), (("--eot", -1), "--eot -1"), (("--steps", 0), "--steps 0"),
+    (("--sampler", "ddim", "--eot", 4), "adds no noise"), (("--n", 1, "--fid"), "--n 1"), (("--fid",), "image sizes [8, 16]"),
+    (("--ckpt", "SAME"), "two checkpoints"), (("--ckpt", __file__), "test_attack.py")])
+def test_bad_input_is_one_line(ckpts, tmp_path, capsys, args, message):
+    args = [ckpts[0] if a == "SAME" else a for a in args]
+    args = ["--ckpt", *ckpts, "--steps", 20, *args] if "--ckpt" not in args else ["--ckpt", ckpts[0], *args[1:]]
+    assert call(*args, "--out", tmp_path / "out") == 2
+    err = capsys.readouterr().err.strip()
+    assert message in err and "\n" not in err and not (tmp_path / "out").exists()
