@@ -1,0 +1,216 @@
+"""The tables and figures of P1, re-run as a list of commands over the other scripts.
+
+    python reproduce.py toy --data folder:cifar10/train --test folder:cifar10/test     # CPU, 16x16, mini network, about 2 hours
+    python reproduce.py short --data cifar10 --minutes 9                               # one large GPU, pieces of 9 minutes
+    python reproduce.py full --data cifar10 --inception-weights PATH                   # the published length and measures
+    python reproduce.py toy --data folder:cifar10/train --test folder:cifar10/test --dry-run
+
+A command whose result is there is skipped; a training that was stopped continues from its checkpoint: after a kill, or after
+--minutes, run the same line again. Checkpoints and samples stay in --work; results/SIZE/ gets table.md, the figures and the
+records. In the table "as P1" says whether the row stands to DDPM on the same data as it does in the paper.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import metrics
+
+SIZES = {  # n images behind each number, made in `ddpm` or `ddim` steps
+    "toy": dict(
+        image="--image-size 16", train="--model mini --iters 800 --sample-every 0", n=400, ddpm=100, ddim=50,
+        classifier="--model small --epochs 8", attack="--steps 50 --scale var --n 32", bench="--model mini --image-size 16",
+        steps="--steps 1000 300 100 --n 64"),
+    "short": dict(
+        image="", train="--iters 5000 --ema 0.999 --warmup 500 --sample-every 0", n=10_000, ddpm=250, ddim=50,
+        classifier="--model wrn-28-10 --epochs 15", attack="--steps 250 --n 1000", bench="",
+        steps="--steps 1000 500 300 100 --n 2000"),
+    "full": dict(
+        image="", train="", n=10_000, ddpm=1000, ddim=100, classifier="--model wrn-28-10", attack="--n 10000", bench="",
+        steps="--steps 1000 500 300 100 50 --n 10000"),
+}
+NOISY, MILD, CLEAN = "--p 0.9 --sigma 0.2", "--p 0.9 --sigma 0.1", ""
+ROWS = [  # name, corruption, method, FID / IS of P1's Tables 1 and 2 with DDPM and with DDIM; the most telling first
+    ("none-0.9-0.2", NOISY, "--robust none", (102.68, 4.19), (105.43, 4.09)),
+    ("adv-0.9-0.2", NOISY, "--robust adv", (24.81, 7.07), (24.93, 6.69)),
+    ("adv-eps-0.9-0.2", NOISY, "--robust adv --ray-units eps", None, None),
+    ("ran-0.9-0.2", NOISY, "--robust ran", (68.04, 4.34), None),
+    ("inv-adv-0.9-0.2", NOISY, "--robust inv-adv", None, None),
+    ("none-0", CLEAN, "--robust none", (7.2, 8.95), (11.62, 8.36)),
+    ("adv-0", CLEAN, "--robust adv", (28.68, 7.04), (31.20, 6.38)),
+    ("none-0.9-0.1", MILD, "--robust none", (58.05, 6.93), (59.28, 6.89)),
+    ("adv-0.9-0.1", MILD, "--robust adv", (24.70, 7.21), (25.48, 6.85)),
+    ("ran-0.9-0.1", MILD, "--robust ran", (79.21, 5.21), None),
+]
+
+
+def commands(args):
+    """[(result that says it is done, command)]; a training's result is its metrics.json at the last step."""
+    size, work, out = SIZES[args.size], Path(args.work), Path(args.out)
+    common = f"--data-root {args.data_root} --device {args.device}"
+    if args.inception_weights:
+        score, todo = f"--fid --inception-weights {args.inception_weights}", []
+    else:  # Inception's stand-in
+        score, test = f"--fid --features {work}/classifier/classifier.pt", f" --test {args.test}" if args.test else ""
+        todo = [(work / "classifier/metrics.json", f"classifier.py {size['classifier']} --data {args.data}{test} "
+                 f"{size['image']} {common} --out {work}/classifier")]
+
+    def ckpts(*names):
+        return "--ckpt " + " ".join(f"{work}/{name}/ckpt.pt" for name in names)
+
+    def sample(name, flags):
+        return f"sample.py {ckpts(name)} --n {size['n']} {flags} {score} --no-png {common} --out {work}/{name}"
+
+    for name, corruption, method, _, _ in ROWS:
+        if name in args.skip:
+            continue
+        todo.append((work / name / "metrics.json", f"train.py {method} {corruption} {size['train']} {size['image']} "
+                     f"--seed {args.seed} --data {args.data} {common} --out {work}/{name}"))
+        for sampler in ("ddpm", "ddim"):
+            todo.append((work / name / sampler / "metrics.json",
+                         sample(name, f"--sampler {sampler} --steps {size[sampler]}") + f"/{sampler}"))
+    have = [name for name, *_ in ROWS if name not in args.skip]
+    todo += [
+        (out / "samples/side_by_side.png", f"sample.py {ckpts(*have)} --sampler ddim --steps {size['ddim']} --n 64 --no-png "
+                                           f"{common} --out {out}/samples"),
+        (out / "attack/metrics.json", f"attack.py {ckpts('none-0', 'adv-0')} {size['attack']} {score} "
+                                      f"{common} --out {out}/attack"),
+        (out / "memorization/metrics.json", f"memorization.py --samples {work}/none-0/ddpm {work}/adv-0/ddpm --names DDPM "
+         f"Robust_adv --data {args.data} {'--test ' + args.test if args.test else ''} "
+         f"{size['image']} --features {args.memorization_features} {common} "
+         f"--out {out}/memorization"),
+        (out / "bench/metrics.json", f"bench.py --what methods {size['bench']} --device {args.device} --out {out}/bench"),
+        (out / "steps/table.csv", f"sample.py {ckpts('none-0', 'adv-0')} {size['steps']} --spacing respaced naive "
+                                  f"truncated {score} --no-png {common} --out {out}/steps"),
+    ]
+    return [(done, " ".join(command.split())) for done, command in todo]
+
+
+def finished(done):
+    """Is the result there? A training that was stopped leaves a record too, of an earlier step."""
+    if not done.exists():
+        return False
+    record = json.loads(done.read_text()) if done.name == "metrics.json" else {}
+    return "step" not in record or record["step"] >= record["args"]["iters"]
+
+
+def run(done, command, deadline):
+    """Runs the command to its end, or to the deadline; then it is asked to save and stop. -> whether it ended."""
+    argv = [sys.executable, *shlex.split(command)]
+    if (done.parent / "ckpt.pt").exists() and argv[1] == "train.py":
+        argv.append("--resume")
+    process = subprocess.Popen(argv, cwd=Path(__file__).resolve().parent)
+    try:
+        code = process.wait(timeout=deadline and max(1.0, deadline - time.time()))
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.wait()
+        return False
+    except BaseException:  # Ctrl-C has reached the command as well; SIGTERM has not
+        process.terminate()
+        process.wait()
+        raise
+    if code or not finished(done):
+        raise ValueError(f"`{command}` ended with exit code {code} and without {done}; run the same line again to continue")
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the table
+
+
+def table(args):
+    """-> lines of markdown: P1's numbers beside ours, row by row; copies the records to --out."""
+    work, out = Path(args.work), Path(args.out)
+    records = {}
+    for name, *_ in ROWS:
+        for kind, path in (("train", work / name), ("ddpm", work / name / "ddpm"), ("ddim", work / name / "ddim")):
+            if finished(path / "metrics.json"):
+                records[name, kind] = json.loads((path / "metrics.json").read_text())
+                (out / "records").mkdir(parents=True, exist_ok=True)
+                shutil.copy(path / "metrics.json", out / "records" / f"{name}-{kind}.json")
+    distance = next((k for r in records.values() for k in r if k.startswith(("FID", "Fréchet"))), "FID")
+    lines = [f"| row | FID / IS, P1: DDPM | DDIM | {distance} / IS, here: DDPM | DDIM | noise left: DDPM | DDIM | as P1 |",
+             "|---|---|---|---|---|---|---|---|"]
+
+    def number(pair):
+        return " / ".join(f"{v:.4g}" for v in pair) if pair else "-"
+
+    def here(name, sampler):
+        r = records.get((name, sampler))
+        return (r[distance], r["IS"]) if r else None
+
+    for name, corruption, _, ddpm, ddim in ROWS:
+        plain = next(row for row in ROWS if row[1] == corruption)  # DDPM on the same data
+        verdict = []
+        for sampler, paper, paper_plain in (("ddpm", ddpm, plain[3]), ("ddim", ddim, plain[4])):
+            ours, ours_plain = here(name, sampler), here(plain[0], sampler)
+            if name.startswith("inv"):  # P1 has no number for it here; it must do worse
+                paper, paper_plain = (1,), (0,)
+            if name != plain[0] and paper and ours and ours_plain:
+                verdict.append("yes" if (ours[0] < ours_plain[0]) == (paper[0] < paper_plain[0]) else "no")
+        noise = [f"{records[name, s]['noise_level']:.3f}" if (name, s) in records else "-" for s in ("ddpm", "ddim")]
+        ran = (name, "ddpm") in records or (name, "ddim") in records
+        cells = [name, number(ddpm), number(ddim), number(here(name, "ddpm")), number(here(name, "ddim")), *noise,
+                 (", ".join(verdict) or "-") if ran else "not run"]
+        lines.append(f"| {' | '.join(cells)} |")
+    steps = [r.get("step") for (_, kind), r in records.items() if kind == "train"]
+    n = sorted({r["n"] for (_, kind), r in records.items() if kind != "train"})
+    hardware = sorted({r["device"] for r in records.values()})
+    lines += ["", f"Size `{args.size}`, seed {args.seed}; {min(steps, default=0)} to {max(steps, default=0)} training steps; "
+                  f"{', '.join(map(str, n))} samples per number; {'; '.join(hardware)}. Noise of the data beside it: "
+                  "samples/table.csv."]
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("size", choices=SIZES)
+    add("--data", default="cifar10", metavar="NAME", help="cifar10 | folder:PATH | synthetic, as in train.py")
+    add("--test", metavar="NAME", help="held-out images, for folder:PATH")
+    add("--data-root", default="data")
+    add("--inception-weights", metavar="PATH", help="FID and IS with Inception; default: a classifier trained first")
+    add("--memorization-features", default="pixels", help="dinov2 | pixels | a checkpoint of classifier.py")
+    add("--skip", nargs="+", default=[], choices=[name for name, *_ in ROWS], metavar="ROW", help="rows not to run")
+    add("--minutes", type=float, help="stop after so long; the same line continues")
+    add("--dry-run", action="store_true", help="print the commands and what is done")
+    add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
+    add("--seed", type=int, default=0)
+    add("--work", help="checkpoints and samples; default runs/SIZE")
+    add("--out", help="default results/SIZE")
+    args = parser.parse_args()
+    args.work, args.out = args.work or f"runs/{args.size}", args.out or f"results/{args.size}"
+    if args.data.startswith("folder:") and not args.test:
+        raise ValueError("--data folder:PATH: give --test folder:PATH as well")
+    if args.minutes is not None and not args.minutes > 0:
+        raise ValueError(f"--minutes {args.minutes}: must be above 0")
+    needed = {"none-0", "adv-0"} & set(args.skip)
+    if needed:
+        raise ValueError(f"--skip {needed.pop()}: the attack, memorisation and fewer-steps figures need it")
+    todo = commands(args)
+    if args.dry_run:
+        return print("\n".join(f"{'done ' if finished(done) else '     '} python {command}" for done, command in todo))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # passes through run(), which stops the command
+    started, deadline = time.time(), args.minutes and time.time() + 60 * args.minutes
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    for i, (done, command) in enumerate(todo):
+        if finished(done):
+            continue
+        print(f"[{i + 1}/{len(todo)}] python {command}", flush=True)
+        if deadline and time.time() >= deadline or not run(done, command, deadline):
+            return print(f"{args.minutes:g} minutes are over; run the same line again to continue")
+    lines = table(args)
+    (Path(args.out) / "table.md").write_text("\n".join(lines) + "\n")
+    metrics.write_metrics(args.out, started, seed=args.seed, device="cpu", n=len(todo), table=lines)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    metrics.cli(main)
