@@ -174,8 +174,8 @@ def main():
         shown.setdefault("training data x'", clean[:16].cpu())
         shown.setdefault(f"with noise, p = {args.p:g}, σ = {args.sigma:g}", noisy[:16].cpu())
         for condition, method in [(c, m) for c in args.conditions for m in args.methods]:
-            if condition == "clean" and method == "inv-adv-0.03" and len(args.methods) > 1:
-                continue  # the ablation of lambda is about noise
+            if condition == "clean" and method.startswith("inv") and len(args.methods) > 1:
+                continue  # the ablation is about noise
             key = f"{condition}/{method}"
             curve = curves.setdefault(key, {}).setdefault(seed, [])
 
