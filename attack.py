@@ -48,7 +48,6 @@ from sample import ddim_step, ddim_timesteps, ddpm_step, ddpm_timesteps
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-COLOURS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe-Ito
 PROBES, ENOUGH = 20, 0.9  # attacked steps on which J is compared; share of (sample, step) in which the attack must win
 TALLY = ["outside", "steps", "size", "elements", "nonfinite", "zero", "probes", "above_start", "above_random", "start_size",
          "J", "J_random", "change_abs", "change_square", "lost"]  # counted per image
@@ -315,7 +314,7 @@ def plot_curves(record, quantities, args, n_steps, path):
                   change_rms="RMS of x - unattacked per pixel", IS="Inception Score")
     fig, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
     for ax, quantity in zip(axes, quantities):
-        for (name, ds), colour in zip(record.items(), COLOURS * len(record)):
+        for (name, ds), colour in zip(record.items(), metrics.COLOURS * len(record)):
             for kind, line in (("adversarial", "o-"), ("random", "s--")):
                 points = [(100 * d["share"], d[quantity]) for d in ds if d["kind"] in ("none", kind)]
                 if len(points) > 1 or kind == "adversarial":

@@ -38,7 +38,6 @@ from unet import load_checkpoint
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito's
 NULL = "test images (null)"
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,7 +224,7 @@ def histogram(results, thresholds, title, path):
     fig, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     bins = np.linspace(min(0.9, *(s.min() for s in results.values())), 1, 51)
     for i, (name, s) in enumerate(results.items()):
-        colour, dash = ("0.45", "-") if name == NULL else (COLOURS[i % 6], ["-", "--", ":"][i // 6 % 3])
+        colour, dash = ("0.45", "-") if name == NULL else (metrics.COLOURS[i % 7], ["-", "--", ":"][i // 7 % 3])
         fill = dict(histtype="stepfilled", fc="0.85") if name == NULL else dict(histtype="step")
         axes[0].hist(s, bins, weights=np.full(len(s), 1 / len(s)), ec=colour, ls=dash, lw=1.6,
                      label=f"{name}, n = {len(s)}", **fill)

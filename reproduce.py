@@ -24,7 +24,7 @@ import metrics
 
 SIZES = {  # n images behind each number, made in `ddpm` or `ddim` steps
     "toy": dict(
-        image="--image-size 16", train="--model mini --iters 800 --sample-every 0", n=400, ddpm=100, ddim=50,
+        image="--image-size 16", train="--model mini --iters 600 --sample-every 0", n=400, ddpm=100, ddim=50,
         classifier="--model small --epochs 8", attack="--steps 50 --scale var --n 32", bench="--model mini --image-size 16",
         steps="--steps 1000 300 100 --n 64"),
     "short": dict(

@@ -7,7 +7,7 @@
 
 Leaves --out/images/*.png (a folder `python -m pytorch_fid` reads), samples.npz, grid.png and metrics.json. Image i is a
 function of --seed and i alone, whatever the batch size and the number of processes. Several checkpoints, numbers of steps
-or spacing rules make a sample each, side_by_side.png and table.csv.
+or spacing rules make a sample each, side_by_side.png and table.csv; several numbers of steps also steps.md and steps.png.
 """
 
 import argparse
@@ -386,15 +386,21 @@ def main():
             table.append((name, images, trained, numbers))
     if rank == 0 and len(runs) > 1:
         compare(table, out, args)
+    if rank == 0 and len(args.steps) > 1:
+        fewer_steps(runs, [numbers for *_, numbers in table], out, args)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
+def folder_name(path):
+    path = Path(path).resolve()
+    return path.name if path.is_dir() else path.parent.name
+
+
 def run_name(args, path, steps, spacing):
     """The folder of one sample among several: that of the checkpoint, with what else differs between them."""
-    path = Path(path).resolve()
-    name = [path.name if path.is_dir() else path.parent.name]
+    name = [folder_name(path)]
     return "-".join(name + [str(steps or "all")] * (len(args.steps) > 1) + [spacing] * (len(args.spacing) > 1))
 
 
@@ -445,6 +451,32 @@ def compare(table, out, args):
         ax.axis("off")
     fig.savefig(out / "side_by_side.png", dpi=120)
     plt.close(fig)
+
+
+def fewer_steps(runs, numbers, out, args):
+    """OUT/steps.md and steps.png (Table 1, right): each number over the steps, for every checkpoint and spacing rule."""
+    keys = [k for k in numbers[0] if k not in ("IS_std", "n_reference")]
+    cells = dict(zip(runs, numbers))
+    steps = sorted({s for _, s, _ in runs}, key=lambda s: -(s or 10**6))
+    lines = [f"{args.sampler}, n = {args.n}: {' / '.join(keys)}", "",
+             f"| checkpoint | spacing | {' | '.join(str(s or 'all') for s in steps)} |", "|---" * (2 + len(steps)) + "|"]
+    fig, axes = plt.subplots(1, len(keys), figsize=(9, 3.4), layout="constrained", squeeze=False)
+    for i, path in enumerate(args.ckpt):
+        for rule, line in zip(args.spacing, ("o-", "s--", "^:")):
+            name = folder_name(path)
+            row = [cells[path, s, rule] for s in steps]
+            lines.append(f"| {name} | {rule} | {' | '.join(' / '.join(f'{d[k]:.4g}' for k in keys) for d in row)} |")
+            for ax, key in zip(axes[0], keys):
+                ax.plot([s or 1000 for s in steps], [d[key] for d in row], line, color=metrics.COLOURS[i % 7], ms=4,
+                        label=f"{name}, {rule}")
+                ax.set(xscale="log", xlabel="sampling steps", title=key.replace(" in ", "\nin "))
+    for ax in axes[0]:
+        ax.grid(alpha=0.3)
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    fig.savefig(out / "steps.png", dpi=130)
+    plt.close(fig)
+    (out / "steps.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def test_a_small_run_leaves_its_files(monkeypatch, tmp_path):
         "--device", "cpu", "--sample-steps", 3, "--n-train", 50, "--channels", 32, "--patch", 2, "--out", tmp_path)
     assert {"samples.npz", "rows.png", "curves.png", "metrics.json"} <= {f.name for f in tmp_path.iterdir()}
     with np.load(tmp_path / "samples.npz") as f:
-        wanted = {"mu", "U", *(f"clean/{m}" for m in ("none", "ran", "adv", "inv-adv"))}
+        wanted = {"mu", "U", *(f"clean/{m}" for m in ("none", "ran", "adv"))}
         wanted |= {f"noisy/{m}" for m in butterflies_pca.METHODS}
         assert set(f.files) == wanted
         assert f["noisy/adv"].shape == (16, 192) and f["mu"].shape == (192,) and f["U"].shape == (25, 192)
