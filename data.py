@@ -9,6 +9,7 @@ device, what does not (LSUN: 3 M images) streams from the map. Corruption is a f
 """
 
 import hashlib
+import math
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -43,11 +44,17 @@ def philox(seed, index, stream, blocks):
     return torch.stack(torch.broadcast_tensors(*c), dim=-1)
 
 
+def image_uniform(seed, index, stream, shape):
+    """As `image_noise`, uniform on (0, 1]: its logarithm is finite."""
+    n = int(np.prod(shape))
+    bits = philox(seed, index, stream, -(-n // 4)).flatten(1)[:, :n].reshape(-1, *shape)
+    return ((bits >> 8).float() + 0.5) * 2**-24
+
+
 def image_noise(seed, index, stream, shape):
     """Standard normal noise (B, *shape) float32 in which row i depends on (seed, index[i], stream) alone (Box-Muller)."""
     n = int(np.prod(shape))
-    bits = philox(seed, index, stream, -(-n // 4))
-    u = ((bits >> 8).float() + 0.5) * 2**-24  # (0, 1]: its logarithm is finite
+    u = image_uniform(seed, index, stream, (-(-n // 4), 4))
     r, phi = (-2 * u[..., :2].log()).sqrt(), 2 * np.pi * u[..., 2:]
     return torch.cat([r * phi.cos(), r * phi.sin()], dim=-1).flatten(1)[:, :n].reshape(-1, *shape)
 
@@ -63,19 +70,34 @@ CORRUPTION_STREAM = 2**32 - 1  # the samplers use streams 0, 1, 2, ...
 # corruption
 
 
+CORRUPTIONS = {  # what becomes of a corrupted image, fixed per image; all but gauss are ours
+    "gauss": "Gaussian noise of std SIGMA on the [-1, 1] scale, not clipped",
+    "outliers": "replaced by uniform noise on [-1, 1]",
+    "salt-pepper": "each pixel black or white with probability SIGMA",
+    "blur": "Gaussian blur of std SIGMA pixels",
+    "patch": "a square of one random colour and side SIGMA x S, anywhere",
+    "class": "replaced by a synthetic butterfly",
+}
+
+
 class CorruptedImages:
     """Training images with a share p of them corrupted, fixed per image by the seed and never redrawn.
 
-    images: (N, S, S, 3) uint8 array; labels (N,) or None. Exactly round(p N) images get Gaussian noise of standard
-    deviation sigma on the [-1, 1] scale, not clipped (ours). Streams from the array if it is larger than `budget` bytes.
+    images: (N, S, S, 3) uint8 array; labels (N,) or None. Exactly round(p N) images are corrupted, by default with Gaussian
+    noise of standard deviation sigma on the [-1, 1] scale, not clipped (ours); CORRUPTIONS names the other kinds.
+    Streams from the array if it is larger than `budget` bytes.
     """
 
-    def __init__(self, images, labels=None, p=0.0, sigma=0.0, seed=0, device="cpu", budget=None):
+    def __init__(self, images, labels=None, p=0.0, sigma=0.0, seed=0, device="cpu", corrupt="gauss", budget=None):
         if not 0 <= p <= 1:
             raise ValueError(f"--p {p}: the share of corrupted images must lie in [0, 1]")
         if not sigma >= 0:
             raise ValueError(f"--sigma {sigma}: the noise level must be >= 0")
-        self.device, self.seed, self.sigma = torch.device(device), seed, sigma
+        if corrupt not in CORRUPTIONS:
+            raise ValueError(f"--corrupt {corrupt}: choose {' | '.join(CORRUPTIONS)}")
+        if corrupt in ("salt-pepper", "patch") and sigma > 1:
+            raise ValueError(f"--sigma {sigma}: for --corrupt {corrupt} it is a share, at most 1")
+        self.device, self.seed, self.sigma, self.corrupt = torch.device(device), seed, sigma, corrupt
         n = len(images)
         chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed_at(seed, 0, stream=0)))[: round(p * n)]
         self.corrupted = torch.zeros(n, dtype=torch.bool)  # which images; one byte each is all that is held
@@ -86,6 +108,8 @@ class CorruptedImages:
             budget = torch.cuda.mem_get_info(self.device)[0] // 4 if self.device.type == "cuda" else 4 << 30
         self.streams = images.nbytes > budget
         self.images = images if self.streams else torch.from_numpy(np.array(images)).to(self.device)
+        if corrupt == "class" and len(chosen):  # each is used several times where more than 4096 images are corrupted
+            self.foreign = torch.from_numpy(synthetic_butterflies(min(4096, n), images.shape[1], seed=2)[0]).to(self.device)
         self._noise = image_noise
         if self.device.type == "cuda":  # one fused kernel instead of a hundred
             self._noise = torch.compile(image_noise, dynamic=False)
@@ -110,12 +134,33 @@ class CorruptedImages:
     def batch(self, index, flip=None):
         """As `clean`, with the corruption; flip (B,) bool mirrors the already corrupted image."""
         x0, index = self.clean(index), index.to(self.device)
-        if self.sigma > 0:
+        if self.corrupt != "gauss":
+            x0 = torch.where(self.corrupted[index].view(-1, 1, 1, 1), self._corrupt(x0, index), x0)
+        elif self.sigma > 0:
             noise = self._noise(self.seed, index, CORRUPTION_STREAM, self.shape)
             x0 = x0 + self.sigma * self.corrupted[index].float().view(-1, 1, 1, 1) * noise
         if flip is not None:
             x0 = torch.where(flip.view(-1, 1, 1, 1), x0.flip(3), x0)
         return x0.contiguous(memory_format=torch.channels_last)
+
+    def _corrupt(self, x0, index):
+        """All of x0 (B, 3, S, S) corrupted by a kind other than gauss."""
+        s, kind = x0.shape[-1], self.corrupt
+        if kind == "class":
+            return self.foreign[index % len(self.foreign)].permute(0, 3, 1, 2).float() / 127.5 - 1
+        if kind == "blur":
+            radius = min(math.ceil(3 * self.sigma), s - 1)  # as far as the image can be mirrored at its edges
+            return torchvision.transforms.functional.gaussian_blur(x0, 2 * radius + 1, self.sigma) if radius else x0
+        shape = {"outliers": (3, s, s), "salt-pepper": (1, s, s), "patch": (5, 1, 1)}[kind]
+        u = image_uniform(self.seed, index, CORRUPTION_STREAM, shape)
+        if kind == "outliers":
+            return 2 * u - 1
+        if kind == "salt-pepper":
+            return torch.where(u <= self.sigma, 2.0 * (u > self.sigma / 2) - 1, x0)
+        side, pixel = round(self.sigma * s), torch.arange(s, device=x0.device)
+        top, left = ((s - side + 1) * u[:, 3:]).ceil().long().sub(1).split(1, dim=1)  # each place alike, (B, 1, 1, 1)
+        rows, columns = ((pixel >= v) & (pixel < v + side) for v in (top, left))  # (B, 1, 1, S)
+        return torch.where(rows.mT & columns, 2 * u[:, :3] - 1, x0)
 
 
 class Order:

@@ -146,6 +146,37 @@ def ddpm_loss(model, schedule, x0, t, eps):
     return (model(schedule.q_sample(x0, t, eps), t).to(x0.dtype) - eps).square().mean()
 
 
+def ambient_loss(model, schedule, y, t, eps, sigma_y):
+    """E |eps - sqrt(a) eps_theta(x_t, t)|^2 on images y that hold noise of known sigma_y, (B,) in y's units -> scalar.
+
+    Ambient training (Daras et al., arXiv 2411.02780; Tweedie twice: 2404.10177). With sigma_t^2 = (1 - abar_t) / abar_t an
+    image serves the steps with sigma_t > sigma_y: x_t = sqrt(abar_t) (y + sqrt(sigma_t^2 - sigma_y^2) eps), and
+    a x^_0 + (1 - a) x_t / sqrt(abar_t), a = 1 - sigma_y^2 / sigma_t^2, is compared with y. That residual is a sigma_t
+    (eps / sqrt(a) - eps_theta). Ours is its weight: a target of unit variance at every t and sigma_y, so that no sample
+    outweighs others near sigma_t = sigma_y. For sigma_y = 0 it is Eq. 4. Ours too: t is squeezed onto the image's allowed
+    steps t_min..T-1 in order; low sigma_t thus learns from clean images alone. sigma_y beyond all steps (157) gives NaN.
+    """
+    s2_y, abar = sigma_y.to(torch.float64).square(), schedule.alphas_bar.to(t.device)
+    t_min = torch.searchsorted((1 - abar) / abar, s2_y, right=True).clamp(max=schedule.T - 1)
+    t = t_min + t * (schedule.T - t_min) // schedule.T
+    abar = schedule.at(abar, t)
+    noise = (1 - abar) - abar * s2_y  # the variance that y lacks at step t
+    x_t = like(abar.sqrt(), y) * y + like(noise.sqrt(), y) * eps
+    return (like((noise / (1 - abar)).sqrt(), y) * model(x_t, t).to(y.dtype) - eps).square().mean()
+
+
+def huber_loss(model, schedule, x0, t, eps, c=0.1):
+    """E 2 c_t^2 (sqrt(1 + r^2 / c_t^2) - 1), r = eps_theta - eps per element: scheduled pseudo-Huber -> scalar.
+
+    Khrapov et al., arXiv 2403.16728: c_t = c^(t / T) falls from 1 to c, so that it is robust where the content forms. That
+    schedule, the factor 2 (r^2 for small r), residuals per element and c = 0.1 are as in public trainers, not checked
+    against the paper. c = 1 is constant in t; c_t -> infinity is Eq. 4.
+    """
+    c_t = like(c ** (t.double() / schedule.T), x0)
+    r = model(schedule.q_sample(x0, t, eps), t).to(x0.dtype) - eps
+    return (2 * r.square() / (1 + (1 + (r / c_t).square()).sqrt())).mean()  # the same, exact for small r
+
+
 def regulariser_weight(schedule, t, beta=1.0, lam=0.3, omega=2.0, gamma=8 / 255, ray_units="pixel"):
     """lambda_t -> (B,) float64: lam over the standard deviation of delta_ran.
 
@@ -198,3 +229,66 @@ def robust_loss(model, schedule, x0, t, eps, perturb="adv", constraint="equivari
     l_reg = (lambda_t.to(x0.dtype) * residual.square().flatten(1).mean(1)).mean()
     parts = dict(L_DM=l_dm.detach(), L_reg=l_reg.detach(), lambda_t=lambda_t.mean(), delta=delta.abs().mean())
     return l_dm + l_reg, parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ADDT, for purification (P2 = "Understanding and Enhancing the Robustness of Diffusion-Based Purification")
+
+
+def rank_gaussian_map(delta, noise):
+    """RBGM (P2 §5.1): delta (B, C, H, W) with its elements replaced by those of `noise` of equal rank, per image and channel.
+
+    What comes back is a permutation of `noise`, ordered in space as delta is. No gradient flows to delta.
+    """
+    if delta.shape != noise.shape or delta.dim() < 3:
+        raise ValueError(f"rank_gaussian_map: delta {tuple(delta.shape)} and noise {tuple(noise.shape)} must be (B, C, H, W)")
+    order = delta.detach().flatten(2).argsort(dim=2)
+    values = noise.flatten(2).sort(dim=2).values
+    return torch.empty_like(values).scatter_(2, order, values).view(noise.shape)
+
+
+def addt_weight(schedule, t, unit=0.03, high=0.3):
+    """lambda_t = clip(gamma_t unit, 0, high), gamma_t = sqrt(abar_t) / sqrt(1 - abar_t)  (P2 Eq. 7) -> (B,) float64."""
+    abar = schedule.at(schedule.alphas_bar, t)
+    return ((abar / (1 - abar)).sqrt() * unit).clamp(0, high)
+
+
+def addt_loss(model, schedule, classifier, x0, y, t, eps, guide="classifier", perturb="rbgm", passes=5):
+    """ADDT (P2 Algorithm 1): the eps-MSE on noise that CGPO has bent against the classifier -> (scalar, parts).
+
+    x0 (B, C, H, W) in [-1, 1]; y (B,) labels; classifier: images in [0, 1] -> logits. With P(x, t) = x^_0 (P2 Eq. 4),
+      noise = sqrt(1 - lambda_t^2) eps + lambda_t RBGM(delta),  x'_t = sqrt(abar) x_0 + sqrt(1 - abar) noise     (P2 Eq. 6)
+      CGPO: `passes` times at the same t, eps fresh: delta += grad_RBGM(delta) L(classifier(P(x'_t, t)), y)      (P2 Eq. 9)
+      loss  |sqrt(abar) / sqrt(1 - abar) (x_0 - P(x'_t, t))|^2 = |eps_theta(x'_t, t) - noise|^2, a mean over elements (Eq. 8).
+    guide: L is the cross-entropy, "mse" |x_0 - P|^2, "none": no CGPO, i.e. plain fine-tuning. y and classifier may be None
+    for these two. perturb="linf" (P2 App. I): lambda_t = clip(gamma_t, 0, 10) and PGD in the place of RBGM. Ours: there
+    noise = eps + lambda_t delta (a lambda_t above 1 leaves no sqrt(1 - lambda_t^2)), which up to the clip adds delta to x_0,
+    and delta has P2's attack budget, 8/255 in steps of 2/255 of a [0, 1] pixel. Ours: delta starts at 1e-8 N(0, I), below
+    every gradient that is not 0, so that it only breaks ties; L is a sum, so that the batch size cannot matter.
+    eps is that of the update; all other draws come from the global generator. parts: detached, L_guide is L's last mean.
+    """
+    if guide not in ("classifier", "mse", "none") or perturb not in ("rbgm", "linf"):
+        raise ValueError(f"guide={guide!r}, perturb={perturb!r}: need 'classifier', 'mse' or 'none', and 'rbgm' or 'linf'")
+    if guide == "classifier" and (y is None or classifier is None):
+        raise ValueError("guide='classifier': needs the labels y and a classifier")
+    rbgm, step = perturb == "rbgm", 2 * 2 / 255  # on the [-1, 1] scale
+    lambda_t = addt_weight(schedule, t) if rbgm else addt_weight(schedule, t, unit=1, high=10)
+    keep, bend = like((1 - lambda_t**2).sqrt() if rbgm else torch.ones_like(lambda_t), x0), like(lambda_t, x0)
+
+    delta, objective = 1e-8 * torch.randn_like(x0), torch.zeros((), device=x0.device)
+    with _frozen(model), _frozen(classifier):
+        for _ in range(0 if guide == "none" else passes):
+            mapped = (rank_gaussian_map(delta, torch.randn_like(x0)) if rbgm else delta).requires_grad_()
+            with torch.enable_grad():
+                x_t = schedule.q_sample(x0, t, keep * torch.randn_like(x0) + bend * mapped)
+                x0_hat = schedule.predict_x0(x_t, t, model(x_t, t).to(x0.dtype))
+                if guide == "classifier":
+                    logits = classifier((x0_hat + 1) / 2).to(x0.dtype)
+                    objective = nn.functional.cross_entropy(logits, y, reduction="sum")
+                else:
+                    objective = (x0 - x0_hat).square().sum()
+                (grad,) = torch.autograd.grad(objective, mapped)
+            delta = delta.detach() + grad if rbgm else (delta.detach() + step * grad.sign()).clamp(-4 * step, 4 * step)
+    noise = keep * eps + bend * (rank_gaussian_map(delta, torch.randn_like(x0)) if rbgm else delta)
+    loss = ddpm_loss(model, schedule, x0, t, noise)
+    return loss, dict(L_ADDT=loss.detach(), L_guide=objective.detach() / len(x0), lambda_t=lambda_t.mean())

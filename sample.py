@@ -425,11 +425,11 @@ def finish(images, out, args, scorer, data, started, device, path, options):
 
 def compare(table, out, args):
     """OUT/table.csv and side_by_side.png: training images as they are and as they were trained on, then each sample."""
-    settings = [tuple(t.get(k) for k in ("data", "p", "sigma", "seed")) for _, _, t, _ in table]
-    (name, p, sigma, seed), rows = settings[0], []
+    settings = [tuple(t.get(k) for k in ("data", "p", "sigma", "seed", "corrupt")) for _, _, t, _ in table]
+    (name, p, sigma, seed, corrupt), rows = settings[0], []
     with contextlib.suppress(ValueError):  # the set may not be on this machine; the samples' rows stand without it
         clean, _ = load_images(args.data or name or "synthetic", table[0][1].shape[1], root=args.data_root)
-        data = CorruptedImages(clean, None, p or 0, sigma or 0, seed or 0)
+        data = CorruptedImages(clean, None, p or 0, sigma or 0, seed or 0, corrupt=corrupt or "gauss")
         index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: max(2000, args.n)]
         rows = [("training images, clean", data.clean(index))]
         if p and len(set(settings)) == 1:

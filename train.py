@@ -7,7 +7,9 @@
 
 The claim (P1): with 90 % of the training images noisy, plain DDPM learns to draw the noise; with the equivariance
 regulariser of Eq. 10 the same network on the same images draws clean ones. --robust none | ran | adv is DDPM, Robust_ran,
-Robust_adv; inv-ran and inv-adv are the invariance ablation (Eq. 9) that must fail.
+Robust_adv; inv-ran and inv-adv are the invariance ablation (Eq. 9) that must fail. --robust addt fine-tunes --init for
+purification, against --classifier (P2; see purify.py). Rivals that know neither p nor sigma either: --robust ambient (noise
+estimated per image), --robust huber, --drop-noisy. --corrupt names other corruptions than Gaussian noise.
 
 Leaves --out/ckpt.pt (raw and EMA weights, optimizer, settings), metrics.jsonl, loss.png, grid.png and metrics.json.
 All randomness is a function of (--seed, step): a resumed run equals an uninterrupted one and, without dropout, 2
@@ -32,8 +34,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import metrics
-from data import NAMES, CorruptedImages, Order, load_images, seed_at
-from losses import NoiseSchedule, ddpm_loss, robust_loss
+from classifier import load_classifier
+from data import CORRUPTIONS, NAMES, CorruptedImages, Order, load_images, seed_at
+from losses import NoiseSchedule, addt_loss, ambient_loss, ddpm_loss, huber_loss, robust_loss
 from sample import autocast, generate, precision, save_grid, setup
 from unet import PRESETS, UNet, load_checkpoint, save_checkpoint
 
@@ -54,16 +57,25 @@ RECIPES = {  # what --iters, --batch-size and --lr default to; DDPM's own, tiny 
     "mini": dict(iters=1200, batch_size=64, lr=1e-3),
 }
 # what makes a run the run it is: --resume refuses to change these, and takes all other settings as they were unless given
-FIXED = ("robust p sigma lam omega gamma ray_units objective detach data image_size model batch_size lr warmup clip_grad "
-         "dropout ema flip optimizer seed amp").split()
+FIXED = ("robust p sigma corrupt drop_noisy noisy_above sigma_scale huber_c lam omega gamma ray_units objective detach "
+         "data image_size model batch_size lr warmup clip_grad "
+         "dropout ema flip optimizer seed amp classifier addt_guide addt_perturb").split()
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--robust", choices=METHODS, default="none", help="DDPM (Eq. 4), delta_ran or delta_adv (Eq. 10), invariance (Eq. 9)")
+    add("--robust", choices=[*METHODS, "addt", "ambient", "huber"], default="none",
+        help="DDPM (Eq. 4), delta_ran or delta_adv (Eq. 10), invariance (Eq. 9), or ADDT against a --classifier; "
+        "rivals: ambient (the noise of each image is estimated from it), huber")
     add("--p", type=float, default=0.0, help="share of the training images that is corrupted")
-    add("--sigma", type=float, default=0.0, help="std of their Gaussian noise on the [-1, 1] scale")
+    add("--sigma", type=float, default=0.0, help="std of their Gaussian noise on the [-1, 1] scale; SIGMA of --corrupt")
+    add("--corrupt", choices=CORRUPTIONS, default="gauss", help="; ".join(f"{k}: {v}" for k, v in CORRUPTIONS.items()))
+    add("--drop-noisy", action="store_true", help="train on those images alone that are judged clean (a rival, ours)")
+    add("--noisy-above", type=float, default=0.08, metavar="STD", help="ambient, --drop-noisy: an image is judged noisy where "
+        "the noise estimated from it (metrics.noise_mad) exceeds STD; needs neither p nor sigma (ours)")
+    add("--sigma-scale", type=float, default=1.0, metavar="X", help="ambient: the estimates times X, to see what errors cost")
+    add("--huber-c", type=float, default=0.1, help="huber: c_t = c^(t/T)")
     add("--lam", type=float, default=0.3, help="lambda, strength of the regulariser (Eq. 10)")
     add("--omega", type=float, default=2.0, help="omega, exponent of the ray (Eq. 7)")
     add("--gamma", type=float, default=8 / 255, help="gamma, floor of the ray (Eq. 7)")
@@ -95,6 +107,10 @@ def parse_args():
     add("--resume", action="store_true", help="continue from OUT/ckpt.pt with its settings; --iters may grow")
     add("--overwrite", action="store_true", help="start again although OUT holds a checkpoint")
     add("--init", metavar="PATH", help="start from the EMA weights of a checkpoint, or from a diffusers folder")
+    add("--classifier", metavar="PATH", help="addt: a checkpoint of classifier.py")
+    add("--addt-guide", choices=["classifier", "mse", "none"], default="classifier", help="addt: what its delta raises; P2 "
+        "fine-tunes a trained --init with --optimizer adamw --lr 2e-4 --batch-size 256 --warmup 0 for 100 epochs")
+    add("--addt-perturb", choices=["rbgm", "linf"], default="rbgm", help="addt: rank-based Gaussian, or P2's ablation")
     args = parser.parse_args()
     for action in parser._actions:
         action.default = argparse.SUPPRESS
@@ -112,7 +128,7 @@ def parse_args():
 
 def check(args, world):
     """Refuse what cannot work before any work is done."""
-    for name, low in dict(lam=0, omega=1, gamma=0, clip_grad=0, lr=0, warmup=0, sample_every=0).items():
+    for name, low in dict(lam=0, omega=1, gamma=0, clip_grad=0, lr=0, warmup=0, sample_every=0, noisy_above=0).items():
         if not getattr(args, name) >= low:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be >= {low}")
     for name in ("iters", "batch_size", "accum", "save_every", "log_every"):
@@ -124,11 +140,37 @@ def check(args, world):
         raise ValueError(f"--p {args.p}: the share of corrupted images must lie in [0, 1]")
     if not 0 <= args.sigma < math.inf:
         raise ValueError(f"--sigma {args.sigma}: the noise level must be >= 0")
-    if not args.resume and (args.p > 0 and "sigma" not in args.given or args.sigma > 0 and "p" not in args.given):
+    for name in ("huber_c", "sigma_scale"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be > 0")
+    replaced = args.corrupt in ("outliers", "class")  # a corruption without a level
+    if replaced and "sigma" in args.given:
+        raise ValueError(f"--sigma {args.sigma}: has no effect with --corrupt {args.corrupt}")
+    if args.corrupt in ("salt-pepper", "patch") and args.sigma > 1:
+        raise ValueError(f"--sigma {args.sigma}: for --corrupt {args.corrupt} it is a share, at most 1")
+    if args.corrupt == "class" and args.data.partition(":")[0] == "synthetic":
+        raise ValueError(f"--corrupt class: would replace the butterflies of --data {args.data} by other butterflies")
+    if not args.resume and "corrupt" in args.given and "p" not in args.given:
+        raise ValueError(f"--corrupt {args.corrupt}: corrupts nothing without --p")
+    if not args.resume and not replaced and (
+            args.p > 0 and "sigma" not in args.given or args.sigma > 0 and "p" not in args.given):
         raise ValueError(f"--p {args.p} --sigma {args.sigma}: corruption takes both, the share and the noise level")
-    if args.robust == "none" and (unused := args.given & {"lam", "omega", "gamma", "ray_units", "objective", "detach"}):
-        raise ValueError(f"--{sorted(unused)[0].replace('_', '-')}: has no effect with --robust none; "
+    for name, users in dict(huber_c=["huber"], sigma_scale=["ambient"], noisy_above=["ambient"]).items():
+        if name in args.given and args.robust not in users and not (name == "noisy_above" and args.drop_noisy):
+            raise ValueError(f"--{name.replace('_', '-')}: has no effect with --robust {args.robust}; it is for {users[0]}")
+    if args.drop_noisy and args.robust == "ambient":
+        raise ValueError("--drop-noisy: leaves --robust ambient nothing to do; choose one of them")
+    if args.robust in ("none", "ambient", "huber") and (
+            unused := args.given & {"lam", "omega", "gamma", "ray_units", "objective", "detach"}):
+        raise ValueError(f"--{sorted(unused)[0].replace('_', '-')}: has no effect with --robust {args.robust}; "
                          "choose ran, adv, inv-ran or inv-adv")
+    if args.robust == "addt" and (unused := args.given & {"lam", "omega", "gamma", "ray_units", "objective", "detach"}):
+        raise ValueError(f"--{sorted(unused)[0].replace('_', '-')}: has no effect with --robust addt")
+    if args.robust != "addt" and (unused := args.given & {"classifier", "addt_guide", "addt_perturb"}):
+        raise ValueError(f"--{sorted(unused)[0].replace('_', '-')}: is for --robust addt, not {args.robust}")
+    if args.robust == "addt" and (args.addt_guide == "classifier") != bool(args.classifier):
+        raise ValueError(f"--addt-guide {args.addt_guide}: " + ("takes no --classifier" if args.classifier else
+                         "needs --classifier PATH, a checkpoint of classifier.py; or choose mse or none"))
     if args.batch_size % (world * args.accum):
         raise ValueError(f"--batch-size {args.batch_size}: must divide by {world} processes x --accum {args.accum}")
     if args.resume and (args.init or args.overwrite):
@@ -180,6 +222,7 @@ def main():
     cast = autocast(device, args.amp)
     scaler = torch.amp.GradScaler(device.type, enabled=precision(device, args.amp) == torch.float16)
     net = build(args)
+    classifier = load_classifier(args.classifier).to(device) if args.classifier else None
     out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         (out / ".write-test").write_text("")  # fails here rather than at the first checkpoint
@@ -188,15 +231,25 @@ def main():
     local = int(os.environ.get("LOCAL_RANK", 0))
     if world > 1 and local > 0:
         dist.barrier()  # one process of each machine decodes the images first
-    images, labels = load_images(args.data, args.image_size, root=args.data_root)
+    images, labels = load_images(args.data, args.image_size, root=args.data_root, labels_needed=classifier is not None)
     if world > 1 and local == 0:
         dist.barrier()
-    data = CorruptedImages(images, labels, args.p, args.sigma, args.seed, device)
+    data = CorruptedImages(images, labels, args.p, args.sigma, args.seed, device, args.corrupt)
     size = data.shape[1]
+    if classifier and (most := int(data.labels.max())) >= (classes := classifier.config["classes"]):
+        raise ValueError(f"--classifier {args.classifier}: knows {classes} classes, but --data {args.data} has label {most}")
     if args.batch_size > len(data):
         raise ValueError(f"--batch-size {args.batch_size}: larger than --data {args.data} with its {len(data)} images")
     if size % net.factor:
         raise ValueError(f"--image-size {size}: --model {args.model} needs a multiple of {net.factor}")
+
+    sigma_y, kept = None, None
+    if args.robust == "ambient" or args.drop_noisy:
+        sigma_y = args.sigma_scale * estimate_noise(data, args.noisy_above)
+        kept = (sigma_y == 0).nonzero().flatten().to("cpu" if data.streams else device)
+        if args.drop_noisy and args.batch_size > len(kept):
+            raise ValueError(f"--drop-noisy: judges {len(kept)} of {len(data)} images clean, fewer than --batch-size "
+                             f"{args.batch_size}; a higher --noisy-above keeps more")
 
     settings = {k: v for k, v in vars(args).items() if k not in ("given", "out", "device", "resume", "overwrite", "init")}
     schedule = NoiseSchedule().to(device)
@@ -219,7 +272,7 @@ def main():
 
     # One batch of the run: this process takes rows [rank B/W, (rank + 1) B/W) of it, in --accum parts.
     B, rows = args.batch_size, args.batch_size // (world * args.accum)
-    order = Order(len(data), args.seed, "cpu" if data.streams else device)
+    order = Order(len(kept) if args.drop_noisy else len(data), args.seed, "cpu" if data.streams else device)
     generator = torch.Generator(device)
 
     def draw(step):
@@ -234,14 +287,25 @@ def main():
         for i in range(args.accum):
             mine = slice((rank * args.accum + i) * rows, (rank * args.accum + i + 1) * rows)
             index = order(step * B + mine.start, rows)
+            index = kept[index] if args.drop_noisy else index
             x0 = data.batch(index, flip[mine])
-            parts.append((x0, t[mine], eps[mine], beta[mine], u[mine]))
+            y = data.labels[index.to(device)] if classifier else None
+            noise = sigma_y[index.to(device)] if args.robust == "ambient" else None
+            parts.append((x0, t[mine], eps[mine], beta[mine], u[mine], y, noise))
         return parts
 
-    def loss_of(x0, t, eps, beta, u):
+    def loss_of(x0, t, eps, beta, u, y, noise):
+        if args.robust == "addt":
+            return addt_loss(model, schedule, classifier, x0, y, t, eps, args.addt_guide, args.addt_perturb)
         if args.robust == "none":
             loss = ddpm_loss(model, schedule, x0, t, eps)  # Eq. 4
             return loss, dict(L_DM=loss.detach())
+        if args.robust == "ambient":
+            loss = ambient_loss(model, schedule, x0, t, eps, noise)
+            return loss, dict(L_ambient=loss.detach())
+        if args.robust == "huber":
+            loss = huber_loss(model, schedule, x0, t, eps, args.huber_c)
+            return loss, dict(L_Huber=loss.detach())
         perturb, constraint = METHODS[args.robust]
         return robust_loss(model, schedule, x0, t, eps, perturb, constraint, args.lam, args.omega, args.gamma,
                            args.ray_units, args.objective, args.detach, beta, u)  # Eq. 10
@@ -275,7 +339,11 @@ def main():
     if rank == 0:
         n_params = sum(p.numel() for p in params) / 1e6
         print(f"{args.robust}: {n_params:.1f} M parameters, {len(data)} images {size}x{size} of {args.data}, "
-              f"{int(data.corrupted.sum())} with noise {args.sigma}, {device} x {world}, steps {first}..{args.iters} -> {out}")
+              f"{int(data.corrupted.sum())} with {args.corrupt}{f' {args.sigma}' * (args.sigma > 0)}, "
+              f"{device} x {world}, steps {first}..{args.iters} -> {out}")
+        if sigma_y is not None:
+            print(f"{len(data) - len(kept)} images are judged noisy" + (", and left out" if args.drop_noisy else
+                  f", with sigma_y {sigma_y.sum() / max(1, len(data) - len(kept)):.3f} on average"))
         if device.type == "cpu" and args.model.startswith("ddpm"):
             print("note: this network takes days on a CPU; --model tiny --image-size 16 takes minutes")
     log_path = out / "metrics.jsonl"
@@ -322,7 +390,7 @@ def main():
                 parts, ahead = ahead.result(), pool.submit(draw, step + 1)
             else:
                 parts = draw(step)
-            if args.dropout > 0:
+            if args.dropout > 0 or args.robust == "addt":  # ADDT draws as it goes: equal for equal --accum and processes
                 torch.manual_seed(seed_at(args.seed, step, stream=3 + rank))
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
@@ -369,12 +437,22 @@ def main():
         if lines:
             plot(lines, out / "loss.png", args)
             metrics.write_metrics(out, started, seed=args.seed, device=device, n=len(data), world=world,
-                                  args=settings, **lines[-1])
+                                  args=settings, **({} if kept is None else dict(judged_noisy=len(data) - len(kept))),
+                                  **lines[-1])
         print(f"step {step}: {path}, {out}/grid.png, {out}/loss.png")
     pool.shutdown(cancel_futures=True)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def estimate_noise(data, above):
+    """metrics.noise_mad of every training image as it is, corruption included: (N,) float32, 0 where it is <= above."""
+    sigma = torch.empty(len(data), device=data.device)
+    parts = torch.arange(len(data), device=data.device).split(500)
+    for index in tqdm(parts, "estimate the noise", leave=False, disable=len(parts) == 1):
+        sigma[index] = metrics.noise_mad(data.batch(index))
+    return torch.where(sigma > above, sigma, 0)
 
 
 def average(grads, world):
@@ -406,12 +484,14 @@ def memory(device):
 def plot(lines, path, args):
     steps = [d["step"] for d in lines]
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    labels = dict(L_DM="$L_{DM}$ (Eq. 4)", L_reg="$L_{reg}$ (Eq. 10, with $\\lambda_t$)", grad_norm="gradient norm")
+    labels = dict(L_DM="$L_{DM}$ (Eq. 4)", L_ambient="$L_{ambient}$", L_Huber="$L_{Huber}$", L_ADDT="$L_{ADDT}$ (P2 Eq. 8)",
+                  L_reg="$L_{reg}$ (Eq. 10, with $\\lambda_t$)", grad_norm="gradient norm")
     for key, label in labels.items():
         if key in lines[-1]:
             ax.plot(steps, [d.get(key) for d in lines], label=label, lw=1.2)
     ax.set(xlabel="step", ylabel="mean since the last log line", yscale="log",
-           title=f"{args.model}, --robust {args.robust}, {args.data.split('/')[-1]}, p = {args.p}, σ = {args.sigma}")
+           title=f"{args.model}, --robust {args.robust}, {args.data.split('/')[-1]}, p = {args.p}, "
+                 f"{'σ =' if args.corrupt == 'gauss' else args.corrupt} {args.sigma}")
     ax.legend()
     ax.grid(alpha=0.3)
     fig.savefig(path, dpi=120)

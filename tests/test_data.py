@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import stats
+from scipy import ndimage, stats
 
-from data import CorruptedImages, Order, image_noise, load_images, philox, synthetic_butterflies
+from data import CORRUPTIONS, CorruptedImages, Order, image_noise, load_images, philox, synthetic_butterflies
 
 ALL_ONES = 0xFFFFFFFF
 
@@ -335,3 +335,88 @@ def test_bad_names(tmp_path):
         assert one_line(error, f"--data {name}")
     with pytest.raises(ValueError, match="--image-size 3"):
         load_images("synthetic", image_size=3, root=tmp_path)
+
+
+# other kinds of corruption -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_corruption_of_any_kind_is_fixed_per_image(kind):
+    """Exactly round(p N) images, the same in any order or split and when streamed; mirror images are of the result."""
+    images, index = pixels(90), torch.randperm(90, generator=torch.Generator().manual_seed(0))
+    data, again, streamed, other = (CorruptedImages(images, p=0.7, sigma=0.5, seed=seed, corrupt=kind, budget=budget)
+                                    for seed, budget in ((4, None), (4, None), (4, 0), (5, None)))
+    whole = data.batch(torch.arange(90))
+    changed = (whole != data.clean(torch.arange(90))).flatten(1).any(1)
+    assert changed.sum() == 63 and torch.equal(changed, data.corrupted)
+    for same in (data, again, streamed):
+        batches = torch.cat([same.batch(part) for part in index.split(7)])
+        torch.testing.assert_close(batches, whole[index], rtol=0, atol=1e-6 if kind == "blur" else 0)
+    flip = torch.arange(90) % 3 == 0
+    assert torch.equal(data.batch(torch.arange(90), flip), torch.where(flip.view(-1, 1, 1, 1), whole.flip(3), whole))
+    assert whole.is_contiguous(memory_format=torch.channels_last) and whole.dtype == torch.float32
+    assert not torch.equal(other.corrupted, data.corrupted)
+    both, drawn_per_seed = data.corrupted & other.corrupted, kind not in ("blur", "class")
+    assert (other.batch(torch.arange(90)) != whole)[both].any() == drawn_per_seed
+
+
+def corrupted(kind, sigma, n=1000, size=8):
+    """-> clean images, the same images corrupted, both (n, 3, size, size)."""
+    data, index = CorruptedImages(pixels(n, size), p=1.0, sigma=sigma, corrupt=kind), torch.arange(n)
+    return data.clean(index), data.batch(index)
+
+
+def test_gauss_is_added_noise():
+    clean, x = corrupted("gauss", 0.2)
+    assert torch.equal(x, clean + 0.2 * image_noise(0, torch.arange(1000), ALL_ONES, (3, 8, 8)))
+
+
+def test_outliers_are_uniform():
+    _, x = corrupted("outliers", 0)
+    assert stats.kstest(x.flatten().double().numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3
+    assert len(x.flatten(1).unique(dim=0)) == 1000
+
+
+def test_salt_pepper():
+    """A share sigma of the pixels, half of them black in all channels, half white; the others as they were."""
+    clean, x = corrupted("salt-pepper", 0.3)
+    changed = (x != clean).any(1)
+    assert changed.float().mean().item() == pytest.approx(0.3, abs=0.01)
+    values = x.permute(0, 2, 3, 1)[changed]  # (n, 3)
+    assert (values == values[:, :1]).all() and set(values.unique().tolist()) == {-1, 1}
+    assert values.mean().abs() < 0.03
+
+
+@pytest.mark.parametrize("sigma", [0.4, 1.5, 9.0])
+def test_blur_against_scipy(sigma):
+    clean, x = corrupted("blur", sigma, n=4, size=16)
+    radius = min(np.ceil(3 * sigma), 15)
+    expected = ndimage.gaussian_filter(clean.double(), (0, 0, sigma, sigma), mode="mirror", truncate=radius / sigma)
+    np.testing.assert_allclose(x, expected, atol=1e-5)
+
+
+def test_patch():
+    """A 3x3 square of one colour per image; every one of the 6x6 places occurs about as often."""
+    clean, x = corrupted("patch", 0.4)
+    changed = (x != clean).all(1)  # (n, 8, 8); a channel of a pixel equals the colour's with probability 0
+    assert (changed.flatten(1).sum(1) == 9).all()
+    rows, columns = changed.any(2), changed.any(1)
+    top, left = rows.int().argmax(1), columns.int().argmax(1)
+    assert (rows.sum(1) == 3).all() and (columns.sum(1) == 3).all()
+    assert stats.chisquare(np.bincount(6 * top + left, minlength=36)).pvalue > 1e-3
+    colours = x.permute(0, 2, 3, 1)[changed].view(1000, 9, 3)
+    assert (colours == colours[:, :1]).all()
+    assert stats.kstest(colours[:, 0].flatten().double().numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3
+
+
+def test_class_is_butterflies():
+    _, x = corrupted("class", 0, n=20)
+    expected = synthetic_butterflies(20, 8, seed=2)[0] / 127.5 - 1
+    np.testing.assert_allclose(x.permute(0, 2, 3, 1), expected, atol=1e-6)
+
+
+def test_other_corruption_refuses_nonsense():
+    for bad in (dict(corrupt="fog"), dict(sigma=1.5, corrupt="patch"), dict(sigma=1.5, corrupt="salt-pepper")):
+        with pytest.raises(ValueError) as error:
+            CorruptedImages(pixels(4), p=0.5, **bad)
+        assert one_line(error, "--" + next(iter(bad)), bad["corrupt"])

@@ -9,13 +9,19 @@ from torch import nn
 
 from losses import (
     NoiseSchedule,
+    addt_loss,
+    addt_weight,
     adversarial_delta,
+    ambient_loss,
     ddpm_loss,
+    huber_loss,
     perturbation_radius,
     random_delta,
+    rank_gaussian_map,
     regulariser_weight,
     robust_loss,
 )
+from sample import ddim_sample
 
 SCHEDULE = NoiseSchedule()
 BETAS = np.linspace(1e-4, 0.02, 1000)
@@ -436,3 +442,202 @@ def test_gaussian_data_minimiser(constraint, ray_units):
         slope = gradient(1.1 * best) - gradient(0.9 * best)
         assert slope > 0
         assert abs(gradient(best)) < 1e-9 * slope, step
+
+
+# rivals --------------------------------------------------------------------------------------------------------------
+
+
+def test_ambient_without_noise_is_eq4():
+    x0, t, eps = draw(8, 3, 4, 4), torch.arange(8) * 140, draw(8, 3, 4, 4, seed=1)
+    for dtype in (torch.float32, torch.float64):
+        args = (lambda x, t: torch.sin(3 * x), SCHEDULE, x0.to(dtype), t, eps.to(dtype))
+        assert torch.equal(ambient_loss(*args, torch.zeros(8)), ddpm_loss(*args))
+
+
+def test_ambient_is_tweedie_twice():
+    """x^_0 mapped to the level of y, (s_t^2 - s_y^2) x^_0 + s_y^2 x_t^VE over s_t^2, against y, over sqrt(a) s_t."""
+    y, t, eps = batch()
+    sigma_y, W, seen = rand_like(t, 0.0, 0.5), draw(3, 3, seed=7), []
+
+    def model(x, t):
+        seen[:] = x, t
+        return torch.tanh(x @ W.T)
+
+    loss = ambient_loss(model, SCHEDULE, y, t, eps, sigma_y)
+    s_t, expected = np.sqrt((1 - ABAR) / ABAR), []
+    for i in range(64):
+        s_y = sigma_y[i].item()
+        t_min = np.flatnonzero(s_t > s_y)[0]
+        k = seen[1][i].item()
+        assert k == t_min + math.floor(t[i].item() * (1000 - t_min) / 1000)
+        x_ve = y[i].numpy() + math.sqrt(s_t[k] ** 2 - s_y**2) * eps[i].numpy()
+        np.testing.assert_allclose(seen[0][i], math.sqrt(ABAR[k]) * x_ve, rtol=1e-9)
+        x0 = x_ve - s_t[k] * np.tanh(W.numpy() @ (math.sqrt(ABAR[k]) * x_ve))
+        at_y = ((s_t[k] ** 2 - s_y**2) * x0 + s_y**2 * x_ve) / s_t[k] ** 2
+        expected.append((at_y - y[i].numpy()) ** 2 / (1 - s_y**2 / s_t[k] ** 2) / s_t[k] ** 2)
+    assert loss.item() == pytest.approx(np.mean(expected), rel=1e-9)
+
+
+def test_ambient_steps():
+    """t in 0..T-1 covers t_min..T-1 in order, each step alike up to rounding; a level beyond the schedule gives NaN."""
+    seen = []
+
+    def steps(sigma_y):
+        t, x = torch.arange(1000), torch.zeros(1000, 1)
+        loss = ambient_loss(lambda x, t: seen.append(t) or x, SCHEDULE, x, t, x, torch.full((1000,), sigma_y))
+        return seen.pop(), loss
+
+    for sigma_y in (0.0, 0.005, 0.2, 3.0):
+        t_min = np.flatnonzero((1 - ABAR) / ABAR > sigma_y**2)[0]
+        t, count = steps(sigma_y)[0].unique_consecutive(return_counts=True)
+        assert torch.equal(t, torch.arange(t_min, 1000)) and count.max() - count.min() <= 1
+    assert steps(200.0)[1].isnan()
+
+
+def linear_minimiser(loss):
+    """k (T,), eps_theta = k_t x_t, that minimises a loss quadratic in k: one Newton step for each t."""
+    def gradient(value):
+        k = torch.full((1000,), value, dtype=torch.float64, requires_grad=True)
+        return torch.autograd.grad(loss(lambda x, t: k[t, None] * x), k)[0]
+
+    g0, g1 = gradient(0.0), gradient(1.0)
+    return -g0 / (g1 - g0)
+
+
+@pytest.mark.parametrize("v", [0.25, 0.04])
+def test_ambient_removes_the_noise_of_gaussian_data(v):
+    """N(0, v), 9 of 10 images with noise 0.2: ambient learns the score of N(0, v) at all t, DDPM that of N(0, v + .9 noise).
+
+    The sampler is linear: from x_T = 1 it returns the standard deviation of the samples. Moments are exact: x = +-std, eps
+    = +-1. If the noise is over-estimated by a fifth, the learnt variance is v + s^2 - (1.2 s)^2, as soon as s_t > 1.2 s.
+    """
+    sigma, sign = 0.2, torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    noise = sigma * (torch.arange(10) > 0).double()
+    s_y, x, eps, t = torch.cartesian_prod(noise, sign, sign, torch.arange(1000).double()).T
+    y, eps, t = (x * (v + s_y**2).sqrt())[:, None], eps[:, None], t.long()
+    abar = torch.from_numpy(ABAR)
+
+    def score(variance):
+        return (1 - abar).sqrt() / (abar * variance + 1 - abar)
+
+    ambient = linear_minimiser(lambda model: ambient_loss(model, SCHEDULE, y, t, eps, s_y))
+    plain = linear_minimiser(lambda model: ddpm_loss(model, SCHEDULE, y, t, eps))
+    torch.testing.assert_close(ambient, score(v), rtol=1e-9, atol=0)
+    torch.testing.assert_close(plain, score(v + 0.9 * sigma**2), rtol=1e-9, atol=0)
+    for k, variance in ((ambient, v), (plain, v + 0.9 * sigma**2)):
+        one = torch.ones(1, 1, dtype=torch.float64)
+        std = ddim_sample(lambda x, t, k=k: k[t, None] * x, SCHEDULE, one, steps=1000, clip=False).item()
+        assert std / math.sqrt(variance) == pytest.approx(1, abs=0.02)
+
+    noisy = s_y > 0
+    off = linear_minimiser(lambda model: ambient_loss(model, SCHEDULE, y[noisy], t[noisy], eps[noisy], 1.2 * s_y[noisy]))
+    allowed = (1 - abar) / abar > (1.2 * sigma) ** 2
+    torch.testing.assert_close(off[allowed], score(v + sigma**2 - (1.2 * sigma) ** 2)[allowed], rtol=1e-9, atol=0)
+
+
+def test_huber():
+    """NumPy's pseudo-Huber with c_t = c^(t / T); Eq. 4 for large c_t, 2 c_t |r| for small."""
+    x0, t, eps = batch()
+
+    def loss(c, t):
+        return huber_loss(lambda x, t: torch.tanh(x), SCHEDULE, x0, t, eps, c).item()
+
+    def residual(t):
+        return (torch.tanh(SCHEDULE.q_sample(x0, t, eps)) - eps).numpy()
+
+    c_t = 0.1 ** (t.numpy()[:, None] / 1000)
+    assert loss(0.1, t) == pytest.approx(np.mean(2 * c_t**2 * (np.sqrt(1 + (residual(t) / c_t) ** 2) - 1)), rel=1e-12)
+    last = torch.full_like(t, 999)
+    assert loss(1e6, last) == pytest.approx(ddpm_loss(lambda x, t: torch.tanh(x), SCHEDULE, x0, last, eps).item(), rel=1e-9)
+    assert loss(1e-9, last) == pytest.approx(2 * 1e-9**0.999 * abs(residual(last)).mean(), rel=1e-5)
+
+
+# ADDT (P2) -----------------------------------------------------------------------------------------------------------
+
+
+def test_rank_gaussian_map_is_a_permutation_in_rank_order():
+    delta, noise = draw(2, 3, 5, 4).square(), draw(2, 3, 5, 4, seed=1)
+    mapped = rank_gaussian_map(delta, noise).numpy()
+    for i in range(2):
+        for c in range(3):
+            np.testing.assert_array_equal(np.sort(mapped[i, c], None), np.sort(noise[i, c].numpy(), None))
+            np.testing.assert_array_equal(np.argsort(mapped[i, c], None), np.argsort(delta[i, c].numpy(), None))
+    for bad in (noise[:1], noise.flatten(1)):
+        with pytest.raises(ValueError, match="rank_gaussian_map"):
+            rank_gaussian_map(bad, bad if bad.dim() < 3 else noise)
+
+
+def test_addt_weight_check_values():
+    w = addt_weight(SCHEDULE, torch.arange(1000)).numpy()
+    assert (w[:27] == 0.3).all() and w[27] < 0.3
+    np.testing.assert_allclose(w, np.clip(0.03 * np.sqrt(ABAR / (1 - ABAR)), 0, 0.3), rtol=1e-12)
+    assert w[100] == pytest.approx(0.088, abs=5e-4) and w[500] == pytest.approx(0.0087, abs=5e-5)
+
+
+def addt(t, n=3, size=6, k=0.4, **kw):
+    """ADDT, eps_theta = k x, a linear two-class classifier -> loss, parts, x0, eps, noise of x'_t, its weights, all x_t."""
+    x0, eps, t, seen = draw(n, 3, size, size), draw(n, 3, size, size, seed=1), torch.full((n,), t), []
+    w = draw(2, 3 * size * size, seed=2)
+
+    def model(x, t):
+        seen.append(x.detach())
+        return k * x
+
+    torch.manual_seed(0)
+    classifier, y = kw.pop("classifier", lambda x: x.flatten(1) @ w.T), torch.arange(n) % 2
+    loss, parts = addt_loss(model, SCHEDULE, classifier, x0, y, t, eps, **kw)
+    noise = (seen[-1] - column(np.sqrt(ABAR), t, 4) * x0) / column(np.sqrt(1 - ABAR), t, 4)
+    return loss, parts, x0, eps, noise, w.view(2, 3, size, size), seen
+
+
+def test_addt_loss_is_eq8_of_p2():
+    for t in (3, 100, 700):
+        loss, parts, x0, _, noise, _, seen = addt(t)
+        P = (seen[-1] - math.sqrt(1 - ABAR[t]) * 0.4 * seen[-1]) / math.sqrt(ABAR[t])
+        assert loss.item() == pytest.approx((ABAR[t] / (1 - ABAR[t]) * (x0 - P).square()).mean().item(), rel=1e-9)
+        assert loss.item() == pytest.approx((0.4 * seen[-1] - noise).square().mean().item(), rel=1e-9)
+        assert len(seen) == 6 and parts["L_ADDT"] == loss
+
+
+def test_addt_noise_has_unit_variance():
+    """delta orders a Gaussian draw that is independent of eps. guide='none' leaves delta random: plain fine-tuning."""
+    for guide in ("none", "classifier"):
+        noise = addt(3, n=2, size=96, guide=guide)[4]
+        assert noise.var().item() == pytest.approx(1, abs=0.03) and abs(noise.mean().item()) < 0.02
+
+
+@pytest.mark.parametrize("guide", ["classifier", "mse"])
+def test_cgpo_in_closed_form(guide):
+    """Linear networks: the gradient is along w_other - w_y throughout; RBGM keeps its order, the l_inf PGD its sign."""
+    _, parts, x0, eps, noise, w, _ = addt(100, guide=guide)
+    lam = 0.03 * math.sqrt(ABAR[100] / (1 - ABAR[100]))
+    mapped = (noise - math.sqrt(1 - lam**2) * eps) / lam
+    assert parts["lambda_t"].item() == pytest.approx(lam)
+    if guide == "classifier":
+        way = torch.stack([w[1] - w[0], w[0] - w[1], w[1] - w[0]])
+        assert torch.equal(mapped.flatten(2).argsort(2), way.flatten(2).argsort(2))
+        noise = addt(100, perturb="linf")[4]  # 5 steps of 4/255 on the [-1, 1] scale reach the border, 16/255
+        torch.testing.assert_close(noise, eps + 16 / 255 * math.sqrt(ABAR[100] / (1 - ABAR[100])) * way.sign())
+    else:  # P - x0 = -s k x0 + a multiple of the noise, k > 0: the error grows where the noise is opposed to x0
+        along = (mapped * -x0).flatten(1).sum(1) / (mapped.flatten(1).norm(dim=1) * x0.flatten(1).norm(dim=1))
+        assert (along > 0.05).all()
+
+
+def test_addt_leaves_no_weight_gradient_behind_and_repeats():
+    torch.manual_seed(0)
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(108, 2)).double()
+    one, two = addt(100, classifier=classifier)[0], addt(100, classifier=classifier)[0]
+    assert one == two  # the global generator is all that it draws from
+    assert all(p.grad is None and p.requires_grad for p in classifier.parameters())
+    for bad in (dict(guide="x"), dict(perturb="x"), dict(classifier=None)):
+        with pytest.raises(ValueError, match="guide="):
+            addt(100, **bad)
+    assert addt(100, classifier=None, guide="mse")[0] > 0
+
+
+def test_addt_trains_the_weights_by_one_backward():
+    net = nn.Conv2d(3, 3, 1).double()
+    loss, _ = addt_loss(lambda x, t: net(x), SCHEDULE, None, draw(2, 3, 4, 4), None, torch.tensor([10, 500]),
+                        draw(2, 3, 4, 4, seed=1), guide="none")
+    loss.backward()
+    assert net.weight.grad.abs().sum() > 0

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import linalg
+from scipy import linalg, signal, stats
 from torch import nn
 
 from metrics import (
@@ -15,6 +15,7 @@ from metrics import (
     inception_score,
     moments,
     noise_level,
+    noise_mad,
     psnr,
     reference_moments,
     to_uint8,
@@ -245,3 +246,36 @@ def test_inception_refuses_a_wrong_file(inception, random_inception, tmp_path):
     Inception(random_inception[1])
     with pytest.raises(ValueError):
         Inception(tmp_path / "wrong.pt")
+
+
+# noise of single images, by the median --------------------------------------------------------------------------------
+
+
+def test_noise_mad():
+    """White noise gives its own sigma, planes and half flat images give 0; each image is judged by itself."""
+    z = torch.randn(8, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plane = torch.linspace(-1, 1, 64, dtype=torch.float64) * 0.5 + 0.1
+    for sigma in (0.05, 0.2, 1.0):
+        assert noise_mad(plane + sigma * z).mean().item() == pytest.approx(sigma, rel=0.02)
+    assert noise_mad(plane.expand(2, 3, 64, 64)).max() < 1e-12
+    assert noise_mad(torch.stack([0.1 * z[0], 0.3 * z[1]])).tolist() == pytest.approx([0.1, 0.3], rel=0.05)
+    z[..., :36] = 0.7
+    assert noise_mad(z).max() < 1e-12 < 0.2 < noise_level(z).min()
+
+
+def test_noise_mad_bears_wild_pixels():
+    """One pixel in 100 is far off: 9 % of the responses, which move the mean absolute response by much more."""
+    g = torch.Generator().manual_seed(0)
+    x = 0.1 * torch.randn(8, 3, 64, 64, dtype=torch.float64, generator=g)
+    x = torch.where(torch.rand(8, 1, 64, 64, generator=g) < 0.01, 3.0, x)
+    assert noise_mad(x).mean().item() == pytest.approx(0.1, rel=0.15)
+    assert noise_level(x).mean() > 0.15
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_noise_mad_against_scipy(layout):
+    x = np.random.default_rng(0).normal(size=(4, 3, 7, 7)) ** 3
+    mask = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]])
+    responses = [np.stack([signal.convolve2d(channel, mask, mode="valid") for channel in image]).ravel() for image in x]
+    expected = [stats.median_abs_deviation(r, scale="normal") / 6 for r in responses]
+    np.testing.assert_allclose(noise_mad(torch.from_numpy(x).contiguous(memory_format=layout)), expected, rtol=1e-12)

@@ -262,6 +262,10 @@ def test_several_samples_in_one_call(checkpoint, tmp_path):
     assert len(lines) == 1 + 2 + 6 and lines[1].startswith("training images, clean") and lines[2].startswith("as trained on")
     assert (tmp_path / "side_by_side.png").exists()
     assert len(list(tmp_path.glob("*/samples.npz"))) == 6
+    rows = [line.split("|") for line in (tmp_path / "steps.md").read_text().splitlines()[4:]]
+    assert [row[2].strip() for row in rows] == ["respaced", "naive", "truncated"] and (tmp_path / "steps.png").exists()
+    value = next(line for line in lines if line.split(",")[0].endswith("-4-naive")).split(",")[1]
+    assert float(rows[1][3]) == pytest.approx(float(value), rel=1e-3)  # 4 steps before 2
 
 
 def test_full_disk_keeps_the_previous_checkpoint(capsys, tmp_path, checkpoint, monkeypatch):
@@ -277,3 +281,116 @@ def test_full_disk_keeps_the_previous_checkpoint(capsys, tmp_path, checkpoint, m
     assert "No space left" in bad(capsys, train, "--resume", "--iters", 4, "--device", "cpu", "--out", out)
     assert (out / "ckpt.pt").read_bytes() == before
     assert not list(out.glob("*.tmp"))
+
+
+RIVALS = {"ambient": "--robust ambient --sigma-scale 1.2", "huber": "--robust huber --corrupt outliers",
+          "drop": "--robust ran --drop-noisy --noisy-above 0.1"}
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """They take longer than the few steps of these runs."""
+    monkeypatch.setattr(train, "generate", lambda *args, **kw: torch.zeros(64, 3, 8, 8))
+    monkeypatch.setattr(train, "plot", lambda *args: None)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_resume_bit_for_bit(name, tmp_path, capsys, no_pictures):
+    args = [*SMALL, "--p", "0.5", "--warmup", "2", *("--sigma 0.3".split() if name != "huber" else [])]
+    assert call(train, *args, *RIVALS[name].split(), "--iters", 3, "--out", tmp_path / "whole") == 0
+    assert call(train, *args, *RIVALS[name].split(), "--iters", 2, "--out", tmp_path / "parts") == 0
+    assert call(train, "--resume", "--iters", 3, "--device", "cpu", "--out", tmp_path / "parts") == 0
+    assert torch.equal(weights(tmp_path / "whole")[0], weights(tmp_path / "parts")[0])
+    record = json.loads((tmp_path / "whole" / "metrics.json").read_text())
+    assert {"ambient": "L_ambient", "huber": "L_Huber", "drop": "L_reg"}[name] in record
+    if name != "huber":  # of 64 butterflies exactly the 32 noisy ones are found
+        assert record["judged_noisy"] == 32
+        assert capsys.readouterr().out.count("32 images are judged noisy") == 3
+    for flag in ("--sigma-scale 1", "--huber-c 0.5", "--noisy-above 0.2", "--corrupt blur"):
+        assert flag.split()[0] in bad(capsys, train, "--resume", *flag.split(), "--out", tmp_path / "parts")
+
+
+def test_rivals_on_clean_data(tmp_path, no_pictures):
+    """Ambient training and --drop-noisy find no noise and are DDPM, bit for bit, on a folder of images as well."""
+    from PIL import Image
+
+    from data import synthetic_butterflies
+
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(synthetic_butterflies(8, 8)[0]):
+        Image.fromarray(image).save(tmp_path / "images" / f"{i}.png")
+    args = [*SMALL, "--data", f"folder:{tmp_path}/images", "--data-root", tmp_path, "--iters", 2]
+    for name, flags in dict(plain=[], ambient=["--robust", "ambient"], drop=["--drop-noisy"]).items():
+        assert call(train, *args, *flags, "--out", tmp_path / name) == 0
+    plain, ambient, drop = (weights(tmp_path / name)[0] for name in ("plain", "ambient", "drop"))
+    assert torch.equal(plain, ambient) and torch.equal(plain, drop)
+
+
+def test_noise_is_estimated_from_the_corrupted_images():
+    """Not from the clean ones, for any number of images; at most `above` counts as clean."""
+    from data import CorruptedImages, synthetic_butterflies
+
+    data = CorruptedImages(synthetic_butterflies(700, 16)[0], None, 0.9, 0.2)
+    sigma = train.estimate_noise(data, 0.1)
+    assert torch.equal(sigma > 0, data.corrupted)
+    assert sigma[data.corrupted].mean().item() == pytest.approx(0.21, abs=0.02)
+    torch.testing.assert_close(sigma[data.corrupted], metrics.noise_mad(data.batch(torch.arange(700)))[data.corrupted])
+    assert (train.estimate_noise(data, 10) == 0).all()
+
+
+def test_train_refuses_senseless_rivals(capsys, tmp_path):
+    def refuse(*args):
+        return bad(capsys, train, *SMALL, "--iters", 1, "--out", tmp_path / "o", *args)
+
+    assert "--huber-c" in refuse("--huber-c", 0.5) and "--huber-c 0" in refuse("--robust", "huber", "--huber-c", 0)
+    assert "--sigma-scale" in refuse("--robust", "adv", "--sigma-scale", 1.2)
+    assert "--sigma-scale -1" in refuse("--robust", "ambient", "--sigma-scale", -1)
+    assert "--noisy-above" in refuse("--noisy-above", 0.1) and "--noisy-above -1" in refuse("--drop-noisy", "--noisy-above", -1)
+    assert "--drop-noisy" in refuse("--robust", "ambient", "--drop-noisy")
+    assert "--drop-noisy" in refuse("--drop-noisy", "--p", 0.9, "--sigma", 0.3)  # 6 images left for a batch of 8
+    assert "--lam" in refuse("--robust", "ambient", "--lam", 0.5) and "--lam" in refuse("--robust", "huber", "--lam", 0.5)
+    assert "--corrupt blur" in refuse("--corrupt", "blur")
+    assert "--p 0.5" in refuse("--corrupt", "blur", "--p", 0.5)
+    assert "--sigma 0.2" in refuse("--corrupt", "outliers", "--p", 0.5, "--sigma", 0.2)
+    assert "--sigma 2" in refuse("--corrupt", "patch", "--p", 0.5, "--sigma", 2)
+    assert "--corrupt class" in refuse("--corrupt", "class", "--p", 0.5)
+    assert not (tmp_path / "o" / "ckpt.pt").exists()
+
+
+def test_addt_resumes_bit_for_bit_and_needs_its_classifier(checkpoint, tmp_path, capsys, monkeypatch):
+    from classifier import WideResNet
+    from unet import save_checkpoint
+
+    monkeypatch.setattr(train, "generate", lambda *args, **kw: torch.zeros(64, 3, 8, 8))
+    torch.manual_seed(0)
+    for classes in (3, 10):
+        net = WideResNet(10, 1, classes)
+        save_checkpoint(tmp_path / f"{classes}.pt", dict(kind="classifier", config=net.config, model=net.state_dict()))
+    addt = [*SMALL, "--robust", "addt", "--init", checkpoint / "ckpt.pt", "--warmup", 0, "--optimizer", "adamw"]
+    guided = [*addt, "--classifier", tmp_path / "10.pt"]
+    assert call(train, *guided, "--iters", 4, "--out", tmp_path / "whole") == 0
+    torch.rand(7)  # the global generator's state must not matter
+    assert call(train, *guided, "--iters", 2, "--out", tmp_path / "parts") == 0
+    torch.rand(7)
+    assert call(train, "--resume", "--iters", 4, "--device", "cpu", "--sample-every", 0, "--out", tmp_path / "parts") == 0
+    assert torch.equal(weights(tmp_path / "parts")[0], weights(tmp_path / "whole")[0])
+    record = json.loads((tmp_path / "whole" / "metrics.json").read_text())
+    assert record["L_guide"] > 0 and 0 < record["lambda_t"] <= 0.3 and record["L_ADDT"] == record["loss"]
+    assert call(train, *addt, "--addt-guide", "mse", "--addt-perturb", "linf", "--iters", 1, "--out", tmp_path / "mse") == 0
+
+    capsys.readouterr()
+    for message, args in {"needs --classifier PATH": addt, "takes no --classifier": [*guided, "--addt-guide", "none"],
+                          "--lam: has no effect": [*guided, "--lam", 1], "--addt-guide: is for --robust addt":
+                          [*SMALL, "--addt-guide", "mse"], "no such checkpoint": [*addt, "--classifier", tmp_path / "no.pt"],
+                          "holds no classifier": [*addt, "--classifier", checkpoint / "ckpt.pt"],
+                          "knows 3 classes": [*addt, "--classifier", tmp_path / "3.pt"]}.items():
+        assert message in bad(capsys, train, *args, "--iters", 1, "--out", tmp_path / "o")
+    from PIL import Image
+
+    (tmp_path / "flat").mkdir()
+    for i in range(8):
+        Image.new("RGB", (8, 8), (30 * i, 0, 0)).save(tmp_path / "flat" / f"{i}.png")
+    flat = f"folder:{tmp_path}/flat"
+    train.load_images(flat, 8, root=tmp_path)  # decodes, with a bar on stderr
+    capsys.readouterr()
+    assert "has no labels" in bad(capsys, train, *guided, "--data", flat, "--data-root", tmp_path, "--out", tmp_path / "o")
