@@ -28,7 +28,7 @@ from tqdm import tqdm
 import metrics
 from data import load_images, seed_at
 from losses import NoiseSchedule, ddpm_loss, robust_loss
-from sample import generate, setup
+from sample import ddim_timesteps, generate, setup
 from unet import UNet
 
 matplotlib.use("Agg")
@@ -95,8 +95,8 @@ def train(method, x, args, seed, schedule, device, evaluate):
     net = net.to(device, memory_format=torch.channels_last).train()
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
-    torch.manual_seed(seed_at(seed, 0, stream=4))  # the same images, t and noise for every method
     for step in tqdm(range(args.iters), desc=method, leave=False):
+        torch.manual_seed(seed_at(seed, step, stream=4))  # the same images, t and noise for every method
         x0 = x[torch.randint(len(x), (args.batch_size,), device=device)]
         t = torch.randint(schedule.T, (args.batch_size,), device=device)
         eps = torch.randn_like(x0)
@@ -147,6 +147,11 @@ def main():
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if not 0 <= args.p <= 1 or not args.sigma >= 0:
         raise ValueError(f"--p {args.p} --sigma {args.sigma}: need p in [0, 1] and sigma >= 0")
+    ddim_timesteps(NoiseSchedule().T, args.sample_steps)  # refuses too many
+    if args.n_eval < 2:
+        raise ValueError(f"--n-eval {args.n_eval}: a spread needs at least 2 samples")
+    if "noisy" not in args.conditions and len(args.methods) > 1 and all(m.startswith("inv") for m in args.methods):
+        raise ValueError("--methods: of several, the invariance ablation runs on --conditions noisy alone")
     factor = args.patch * 2 ** (len(args.channels) - 1)
     if any(c % 32 for c in args.channels) or args.patch < 1 or args.image_size % factor:
         raise ValueError(f"--channels {args.channels} --patch {args.patch}: need multiples of 32, and --image-size a multiple "
@@ -169,7 +174,8 @@ def main():
         alpha = torch.randn(args.n_train, args.components, generator=g).to(device)
         clean = mu_t + (alpha * scales_t) @ U_t  # x' = mu + sum_i lambda_i alpha_i U_i
         noise = args.sigma * torch.randn(clean.shape, generator=g).to(device)
-        noisy = clean + noise * (torch.rand(args.n_train, 1, generator=g) < args.p).to(device)  # fixed once and for all
+        chosen = torch.randperm(args.n_train, generator=g)[: round(args.p * args.n_train)].to(device)
+        noisy = clean.index_add(0, chosen, noise[chosen])  # fixed once and for all
         bound = clean.abs().max().item()  # x' leaves [-1, 1] a little: x^_0 is clipped to its largest value
         shown.setdefault("training data x'", clean[:16].cpu())
         shown.setdefault(f"with noise, p = {args.p:g}, σ = {args.sigma:g}", noisy[:16].cpu())

@@ -97,6 +97,8 @@ class CorruptedImages:
             raise ValueError(f"--corrupt {corrupt}: choose {' | '.join(CORRUPTIONS)}")
         if corrupt in ("salt-pepper", "patch") and sigma > 1:
             raise ValueError(f"--sigma {sigma}: for --corrupt {corrupt} it is a share, at most 1")
+        if corrupt == "patch" and p > 0 and round(sigma * images.shape[1]) < 1:
+            raise ValueError(f"--sigma {sigma}: a patch of less than one of {images.shape[1]} pixels")
         self.device, self.seed, self.sigma, self.corrupt = torch.device(device), seed, sigma, corrupt
         n = len(images)
         chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed_at(seed, 0, stream=0)))[: round(p * n)]

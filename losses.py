@@ -263,8 +263,9 @@ def addt_loss(model, schedule, classifier, x0, y, t, eps, guide="classifier", pe
     guide: L is the cross-entropy, "mse" |x_0 - P|^2, "none": no CGPO, i.e. plain fine-tuning. y and classifier may be None
     for these two. perturb="linf" (P2 App. I): lambda_t = clip(gamma_t, 0, 10) and PGD in the place of RBGM. Ours: there
     noise = eps + lambda_t delta (a lambda_t above 1 leaves no sqrt(1 - lambda_t^2)), which up to the clip adds delta to x_0,
-    and delta has P2's attack budget, 8/255 in steps of 2/255 of a [0, 1] pixel. Ours: delta starts at 1e-8 N(0, I), below
-    every gradient that is not 0, so that it only breaks ties; L is a sum, so that the batch size cannot matter.
+    and delta has P2's attack budget, 8/255 in steps of 2/255 of a [0, 1] pixel. Ours: delta starts at 1e-30 N(0, I), which only
+    breaks ties, also where a sure classifier's gradients are tiny; L is a sum, so that the batch size cannot matter; RBGM's
+    Gaussian draw is another than eps (P2 §5.1; its Algorithm 1 prints the same).
     eps is that of the update; all other draws come from the global generator. parts: detached, L_guide is L's last mean.
     """
     if guide not in ("classifier", "mse", "none") or perturb not in ("rbgm", "linf"):
@@ -275,7 +276,7 @@ def addt_loss(model, schedule, classifier, x0, y, t, eps, guide="classifier", pe
     lambda_t = addt_weight(schedule, t) if rbgm else addt_weight(schedule, t, unit=1, high=10)
     keep, bend = like((1 - lambda_t**2).sqrt() if rbgm else torch.ones_like(lambda_t), x0), like(lambda_t, x0)
 
-    delta, objective = 1e-8 * torch.randn_like(x0), torch.zeros((), device=x0.device)
+    delta, objective = 1e-30 * torch.randn_like(x0), torch.zeros((), device=x0.device)
     with _frozen(model), _frozen(classifier):
         for _ in range(0 if guide == "none" else passes):
             mapped = (rank_gaussian_map(delta, torch.randn_like(x0)) if rbgm else delta).requires_grad_()

@@ -135,7 +135,7 @@ def nearest(queries, keys, chunk_q=2048, chunk_k=8192, device="cpu", desc="neare
     """The key with the largest inner product, for unit rows queries (n, d), keys (m, d) float32 on the CPU.
 
     -> similarity (n,) float64, index (n,) int64. Exhaustive; holds chunk_q x chunk_k products at a time. Among keys that
-    are equal to TIE the lowest index wins and the similarity is computed again in float64, so that the chunks change nothing.
+    are equal to TIE the lowest index wins; the similarity is computed again in float64, and is the largest to within TIE.
     """
     if queries.shape[1] != keys.shape[1] or len(keys) < 1 or min(chunk_q, chunk_k) < 1:
         raise ValueError(f"nearest: queries {tuple(queries.shape)}, keys {tuple(keys.shape)}, chunks {chunk_q} and {chunk_k}")
@@ -350,7 +350,7 @@ def main():
     metrics.write_metrics(out, started, seed=args.seed, device=device, n={name: v["n"] for name, v in numbers.items()},
                           n_train=len(train), image_size=train.shape[1], flips=args.flips, p=args.p, sigma=args.sigma,
                           features=description, samples=dict(zip(names, args.samples)), results=numbers,
-                          sampler=dict(options, sampler=args.sampler))
+                          sampler_if_sampled=dict(options, sampler=args.sampler))
     print("\n".join(lines) + f"\n-> {out}/histogram.png, pairs.png")
 
 

@@ -200,7 +200,8 @@ def write_metrics(out, started, *, seed, device, n, **numbers):
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
         **numbers)
     path = Path(out) / "metrics.json"
-    path.write_text(json.dumps(record, indent=2, default=float) + "\n")
+    path.with_suffix(".tmp").write_text(json.dumps(record, indent=2, default=float) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
     return record
 
 

@@ -25,6 +25,7 @@ all its noise are functions of --seed and i alone.
 
 import argparse
 import functools
+import os
 import sys
 import time
 from pathlib import Path
@@ -135,7 +136,7 @@ class PurifiedClassifier(nn.Module):
         self.rounds = (4 if gdmp else 1) if rounds is None else rounds
         if not 1 <= t_star < schedule.T or nfe < 1 or self.rounds < 1:
             raise ValueError(f"--t-star {t_star} --nfe {nfe}, rounds {self.rounds}: need 1 <= t* < {schedule.T}, others >= 1")
-        ts = [] if sampler in EDM else purification_timesteps(t_star, nfe)
+        ts = [] if sampler == "none" or sampler in EDM else purification_timesteps(t_star, nfe)
         self.pairs = list(zip(ts, ts[1:] + [-1]))
         self.model, self.classifier, self.schedule, self.sampler = model, classifier, schedule, sampler
         self.t_star, self.nfe, self.noise, self.clip, self.variance = t_star, nfe, noise, clip, variance
@@ -150,8 +151,9 @@ class PurifiedClassifier(nn.Module):
     def purify(self, x, noise=None):
         """x (B, C, H, W) in [-1, 1] -> x^_0 of its shape."""
         self.calls, noise = 0, noise or self.noise or (lambda k, x: torch.randn_like(x))
+        given = x
         for r in range(self.rounds):
-            x = self._round(x, functools.partial(lambda first, k, x: noise(first + k, x), r * ROUND))
+            x = self._round(x, given, functools.partial(lambda first, k, x: noise(first + k, x), r * ROUND))
         return x
 
     def _eps(self, x_t, t):
@@ -160,8 +162,11 @@ class PurifiedClassifier(nn.Module):
             return checkpoint(self.model, x_t, t, use_reentrant=False, preserve_rng_state=False)
         return self.model(x_t, t)
 
-    def _round(self, x0, noise):
-        """Draw 0 is the noise of Eq. 2, draw 1 + 2 i that of step i, 2 + 2 i that of its corrector or guidance."""
+    def _round(self, x0, given, noise):
+        """One purification of x0; in every round GDMP is guided by the image that was given.
+
+        Draw 0 is the noise of Eq. 2, draw 1 + 2 i that of step i, 2 + 2 i that of its corrector or guidance.
+        """
         schedule, sampler = self.schedule, self.sampler
         x_t = schedule.q_sample(x0, torch.full((len(x0),), self.t_star, device=x0.device), noise(0, x0))
         if sampler in EDM:  # without the no_grad of sampling
@@ -179,7 +184,7 @@ class PurifiedClassifier(nn.Module):
                 size = 2 * (abar / schedule.at(schedule.alphas_bar_prev, t)) * (self.snr * ratio) ** 2
                 x = x + like(size, x) * score + like((2 * size).sqrt(), x) * z
             elif sampler in ("gdmp-mse", "gdmp-ssim"):
-                diffused = schedule.q_sample(x0, t, noise(2 + 2 * i, x))
+                diffused = schedule.q_sample(given, t, noise(2 + 2 * i, x))
             return x
 
         def step(x, eps, z, abar, abar_prev):
@@ -190,7 +195,10 @@ class PurifiedClassifier(nn.Module):
             after = ddpm_step(x, eps, z, abar, abar_prev, self.clip, self.variance)
             if diffused is None:
                 return after
-            pull = self.scale * ((1 - abar) / abar).sqrt() * (1 - abar / abar_prev)  # GDMP: sigma^2 times its s_t
+            var = 1 - abar / abar_prev
+            if self.variance == "fixed-small":
+                var = var * (1 - abar_prev) / (1 - abar)
+            pull = self.scale * ((1 - abar) / abar).sqrt() * var  # GDMP: the step's variance times its s_t
             return after + like(pull, x) * guidance(x, diffused, sampler[5:])
 
         return sample._run(self._eps, schedule, x_t, self.pairs, step, lambda i: noise(1 + 2 * i, x0), on_step)
@@ -346,12 +354,17 @@ def main():
     if args.n < world:
         raise ValueError(f"--n {args.n}: fewer than the {world} processes")
     classifier = load_classifier(args.classifier).to(device)
-    names = [sample.run_name(argparse.Namespace(steps=[], spacing=[]), c, None, None) for c in args.ckpt]  # their folders
+    names = [sample.folder_name(c) for c in args.ckpt]
     if len(set(names)) < len(names):
         raise ValueError(f"--ckpt: two checkpoints lie in a folder {max(names, key=names.count)}; rename one's")
     load = argparse.Namespace(raw=args.raw, compile=False, image_size=None)
     models = {name: sample.load_model(path, load, device)[:2] for name, path in zip(names, args.ckpt)}
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if world > 1 and local > 0:
+        dist.barrier()  # one process of each machine decodes the images first
     data = {size: first_images(args.data, size, args.n, args.data_root) for size in {size for _, size in models.values()}}
+    if world > 1 and local == 0:
+        dist.barrier()
     most, classes = max(int(y.max()) for _, y in data.values()), classifier.config["classes"]
     if most >= classes:
         raise ValueError(f"--classifier {args.classifier}: knows {classes} classes, but --data {args.data} has label {most}")
@@ -383,8 +396,9 @@ def main():
                           | dict(seconds=time.time() - began))
             for line in record[-1]["violated"] if rank == 0 else ():
                 tqdm.write(f"CHECK VIOLATED: {name}, {sampler}, {knowledge}, {norm}: {line}", file=sys.stderr)
+            if rank == 0:
+                write_tables(record, args, out)  # after each: a kill loses the attack that runs, no other
     if rank == 0:
-        write_tables(record, args, out)
         plot(record, args, out / "purify.png")
         curves = {}
         if args.figures:

@@ -1,8 +1,8 @@
 """The tables and figures of P1, re-run as a list of commands over the other scripts.
 
     python reproduce.py toy --data folder:cifar10/train --test folder:cifar10/test     # CPU, 16x16, mini network, about 2 hours
-    python reproduce.py short --data cifar10 --minutes 9                               # one large GPU, pieces of 9 minutes
-    python reproduce.py full --data cifar10 --inception-weights PATH                   # the published length and measures
+    python reproduce.py short --data cifar10 --minutes 9                               # one large GPU, in pieces; not run yet
+    python reproduce.py full --data cifar10 --inception-weights PATH                   # the published length
     python reproduce.py toy --data folder:cifar10/train --test folder:cifar10/test --dry-run
 
 A command whose result is there is skipped; a training that was stopped continues from its checkpoint: after a kill, or after
@@ -28,9 +28,9 @@ SIZES = {  # n images behind each number, made in `ddpm` or `ddim` steps
         classifier="--model small --epochs 8", attack="--steps 50 --scale var --n 32", bench="--model mini --image-size 16",
         steps="--steps 1000 300 100 --n 64"),
     "short": dict(
-        image="", train="--iters 5000 --ema 0.999 --warmup 500 --sample-every 0", n=10_000, ddpm=250, ddim=50,
-        classifier="--model wrn-28-10 --epochs 15", attack="--steps 250 --n 1000", bench="",
-        steps="--steps 1000 500 300 100 --n 2000"),
+        image="", train="--iters 5000 --ema 0.999 --warmup 500 --sample-every 0", n=10_000, ddpm=100, ddim=50,
+        classifier="--model wrn-28-10 --epochs 15", attack="--steps 100 --n 500", bench="",
+        steps="--steps 500 300 100 --n 1000"),
     "full": dict(
         image="", train="", n=10_000, ddpm=1000, ddim=100, classifier="--model wrn-28-10", attack="--n 10000", bench="",
         steps="--steps 1000 500 300 100 50 --n 10000"),
@@ -51,73 +51,75 @@ ROWS = [  # name, corruption, method, FID / IS of P1's Tables 1 and 2 with DDPM 
 
 
 def commands(args):
-    """[(result that says it is done, command)]; a training's result is its metrics.json at the last step."""
-    size, work, out = SIZES[args.size], Path(args.work), Path(args.out)
-    common = f"--data-root {args.data_root} --device {args.device}"
-    if args.inception_weights:
-        score, todo = f"--fid --inception-weights {args.inception_weights}", []
-    else:  # Inception's stand-in
-        score, test = f"--fid --features {work}/classifier/classifier.pt", f" --test {args.test}" if args.test else ""
-        todo = [(work / "classifier/metrics.json", f"classifier.py {size['classifier']} --data {args.data}{test} "
-                 f"{size['image']} {common} --out {work}/classifier")]
+    """[(result that says it is done, argv)]; a training's result is its metrics.json at the last step."""
+    size, work, out, todo = SIZES[args.size], Path(args.work), Path(args.out), []
+    common, image = ["--data-root", args.data_root, "--device", args.device], size["image"].split()
+    data, test = ["--data", args.data], ["--test", args.test] if args.test else []
+    score = ["--fid", "--inception-weights", args.inception_weights]
+    if not args.inception_weights:  # Inception's stand-in
+        score = ["--fid", "--features", f"{work}/classifier/classifier.pt"]
+        flags = [*size["classifier"].split(), *data, *test, *image, *common]
+        todo.append((work / "classifier/metrics.json", ["classifier.py", *flags, "--out", f"{work}/classifier"]))
 
     def ckpts(*names):
-        return "--ckpt " + " ".join(f"{work}/{name}/ckpt.pt" for name in names)
-
-    def sample(name, flags):
-        return f"sample.py {ckpts(name)} --n {size['n']} {flags} {score} --no-png {common} --out {work}/{name}"
+        return ["--ckpt", *(f"{work}/{name}/ckpt.pt" for name in names)]
 
     for name, corruption, method, _, _ in ROWS:
         if name in args.skip:
             continue
-        todo.append((work / name / "metrics.json", f"train.py {method} {corruption} {size['train']} {size['image']} "
-                     f"--seed {args.seed} --data {args.data} {common} --out {work}/{name}"))
+        flags = f"{method} {corruption} {size['train']} --seed {args.seed}".split()
+        todo.append((work / name / "metrics.json", ["train.py", *flags, *image, *data, *common, "--out", f"{work}/{name}"]))
         for sampler in ("ddpm", "ddim"):
-            todo.append((work / name / sampler / "metrics.json",
-                         sample(name, f"--sampler {sampler} --steps {size[sampler]}") + f"/{sampler}"))
-    have = [name for name, *_ in ROWS if name not in args.skip]
+            flags = f"--sampler {sampler} --steps {size[sampler]} --n {size['n']} --no-png".split()
+            todo.append((work / name / sampler / "metrics.json", ["sample.py", *ckpts(name), *flags, *score, *common,
+                                                                  "--out", f"{work}/{name}/{sampler}"]))
+    noisy = [name for name, corruption, *_ in ROWS if corruption == NOISY and name not in args.skip]
+    pair, flags = ckpts("none-0", "adv-0"), f"--sampler ddim --steps {size['ddim']} --n 64 --no-png".split()
+    samples = ["--samples", f"{work}/none-0/ddpm", f"{work}/adv-0/ddpm", "--names", "DDPM", "Robust_adv"]
     todo += [
-        (out / "samples/side_by_side.png", f"sample.py {ckpts(*have)} --sampler ddim --steps {size['ddim']} --n 64 --no-png "
-                                           f"{common} --out {out}/samples"),
-        (out / "attack/metrics.json", f"attack.py {ckpts('none-0', 'adv-0')} {size['attack']} {score} "
-                                      f"{common} --out {out}/attack"),
-        (out / "memorization/metrics.json", f"memorization.py --samples {work}/none-0/ddpm {work}/adv-0/ddpm --names DDPM "
-         f"Robust_adv --data {args.data} {'--test ' + args.test if args.test else ''} "
-         f"{size['image']} --features {args.memorization_features} {common} "
-         f"--out {out}/memorization"),
-        (out / "bench/metrics.json", f"bench.py --what methods {size['bench']} --device {args.device} --out {out}/bench"),
-        (out / "steps/table.csv", f"sample.py {ckpts('none-0', 'adv-0')} {size['steps']} --spacing respaced naive "
-                                  f"truncated {score} --no-png {common} --out {out}/steps"),
+        (out / "samples/side_by_side.png", ["sample.py", *ckpts(*noisy), *flags, *common, "--out", f"{out}/samples"]),
+        (out / "attack/metrics.json", ["attack.py", *pair, *size["attack"].split(), *score, *common, "--out", f"{out}/attack"]),
+        (out / "memorization/metrics.json", ["memorization.py", *samples, *data, *test, *image, "--features",
+                                             args.memorization_features, *common, "--out", f"{out}/memorization"]),
+        (out / "bench/metrics.json", ["bench.py", "--what", "methods", *size["bench"].split(), "--device", args.device,
+                                      "--out", f"{out}/bench"]),
+        (out / "steps/steps.md", ["sample.py", *pair, *size["steps"].split(), "--spacing", "respaced", "naive", "truncated",
+                                  *score, "--no-png", *common, "--out", f"{out}/steps"]),
     ]
-    return [(done, " ".join(command.split())) for done, command in todo]
+    return todo
 
 
-def finished(done):
-    """Is the result there? A training that was stopped leaves a record too, of an earlier step."""
+def finished(done, argv=None):
+    """Is the result there? A training that was stopped leaves a record too, of an earlier step.
+
+    Raises ValueError for the record of another command than argv: other settings need another --work and --out.
+    """
     if not done.exists():
         return False
     record = json.loads(done.read_text()) if done.name == "metrics.json" else {}
+    if argv and record and record["command"].removesuffix(" --resume") != "python " + " ".join(argv):
+        raise ValueError(f"{done}: is of `{record['command']}`, not of these settings; choose another --work and --out")
     return "step" not in record or record["step"] >= record["args"]["iters"]
 
 
-def run(done, command, deadline):
-    """Runs the command to its end, or to the deadline; then it is asked to save and stop. -> whether it ended."""
-    argv = [sys.executable, *shlex.split(command)]
-    if (done.parent / "ckpt.pt").exists() and argv[1] == "train.py":
-        argv.append("--resume")
-    process = subprocess.Popen(argv, cwd=Path(__file__).resolve().parent)
+def run(done, argv, deadline, first=True):
+    """Runs a script to its end, or to the deadline; then it is asked to save and stop. -> whether it ended."""
+    resume = ["--resume"] if argv[0] == "train.py" and (done.parent / "ckpt.pt").exists() else []
+    process = subprocess.Popen([sys.executable, str(Path(__file__).resolve().parent / argv[0]), *argv[1:], *resume])
     try:
         code = process.wait(timeout=deadline and max(1.0, deadline - time.time()))
     except subprocess.TimeoutExpired:
         process.terminate()
         process.wait()
+        if first and argv[0] != "train.py":
+            raise ValueError(f"{argv[0]}: does not fit into --minutes and cannot be continued in pieces; give more") from None
         return False
     except BaseException:  # Ctrl-C has reached the command as well; SIGTERM has not
         process.terminate()
         process.wait()
         raise
     if code or not finished(done):
-        raise ValueError(f"`{command}` ended with exit code {code} and without {done}; run the same line again to continue")
+        raise ValueError(f"`{shlex.join(argv)}` ended with exit code {code} and without {done}; the same line again continues")
     return True
 
 
@@ -164,7 +166,7 @@ def table(args):
     n = sorted({r["n"] for (_, kind), r in records.items() if kind != "train"})
     hardware = sorted({r["device"] for r in records.values()})
     lines += ["", f"Size `{args.size}`, seed {args.seed}; {min(steps, default=0)} to {max(steps, default=0)} training steps; "
-                  f"{', '.join(map(str, n))} samples per number; {'; '.join(hardware)}. Noise of the data beside it: "
+                  f"{', '.join(map(str, n))} samples per number; {'; '.join(hardware)}. The noise of the training images is in "
                   "samples/table.csv."]
     return lines
 
@@ -177,7 +179,7 @@ def main():
     add("--test", metavar="NAME", help="held-out images, for folder:PATH")
     add("--data-root", default="data")
     add("--inception-weights", metavar="PATH", help="FID and IS with Inception; default: a classifier trained first")
-    add("--memorization-features", default="pixels", help="dinov2 | pixels | a checkpoint of classifier.py")
+    add("--memorization-features", help="dinov2 (default of full) | pixels | a checkpoint of classifier.py")
     add("--skip", nargs="+", default=[], choices=[name for name, *_ in ROWS], metavar="ROW", help="rows not to run")
     add("--minutes", type=float, help="stop after so long; the same line continues")
     add("--dry-run", action="store_true", help="print the commands and what is done")
@@ -186,6 +188,7 @@ def main():
     add("--work", help="checkpoints and samples; default runs/SIZE")
     add("--out", help="default results/SIZE")
     args = parser.parse_args()
+    args.memorization_features = args.memorization_features or ("dinov2" if args.size == "full" else "pixels")
     args.work, args.out = args.work or f"runs/{args.size}", args.out or f"results/{args.size}"
     if args.data.startswith("folder:") and not args.test:
         raise ValueError("--data folder:PATH: give --test folder:PATH as well")
@@ -196,16 +199,19 @@ def main():
         raise ValueError(f"--skip {needed.pop()}: the attack, memorisation and fewer-steps figures need it")
     todo = commands(args)
     if args.dry_run:
-        return print("\n".join(f"{'done ' if finished(done) else '     '} python {command}" for done, command in todo))
+        lines = [f"{'done ' if finished(done, argv) else '     '} python {shlex.join(argv)}" for done, argv in todo]
+        return print("\n".join(lines))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # passes through run(), which stops the command
     started, deadline = time.time(), args.minutes and time.time() + 60 * args.minutes
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    for i, (done, command) in enumerate(todo):
-        if finished(done):
+    first = True
+    for i, (done, argv) in enumerate(todo):
+        if finished(done, argv):
             continue
-        print(f"[{i + 1}/{len(todo)}] python {command}", flush=True)
-        if deadline and time.time() >= deadline or not run(done, command, deadline):
-            return print(f"{args.minutes:g} minutes are over; run the same line again to continue")
+        print(f"[{i + 1}/{len(todo)}] python {shlex.join(argv)}", flush=True)
+        if deadline and time.time() >= deadline or not run(done, argv, deadline, first):
+            return print(f"{args.minutes:g} minutes are over; the same line again continues")
+        first = False
     lines = table(args)
     (Path(args.out) / "table.md").write_text("\n".join(lines) + "\n")
     metrics.write_metrics(args.out, started, seed=args.seed, device="cpu", n=len(todo), table=lines)

@@ -37,13 +37,18 @@ import matplotlib.pyplot as plt  # noqa: E402
 # one step of each sampler; abar and abar_prev are (B,) float64, abar < abar_prev <= 1
 
 
+def clipped(x0, clip):
+    """x^_0 cut to [-clip, clip]; True is 1, False leaves it."""
+    return x0.clamp(-float(clip), float(clip)) if clip else x0
+
+
 def ddpm_step(x_t, eps, z, abar, abar_prev, clip=True, variance="fixed-large"):
     """x_{t-1} = mu~(x_t, x^_0) + s_t z, which without clipping is Eq. 5; z is ignored where abar_prev = 1.
 
     variance: s_t^2 = beta_t ("fixed-large") or beta~_t ("fixed-small").
     """
     x0 = predict_x0(x_t, eps, abar)
-    mean = posterior_mean(x0.clamp(-float(clip), float(clip)) if clip else x0, x_t, abar, abar_prev)
+    mean = posterior_mean(clipped(x0, clip), x_t, abar, abar_prev)
     var = 1 - abar / abar_prev
     if variance not in ("fixed-large", "fixed-small"):
         raise ValueError(f"variance={variance!r}: need 'fixed-large' or 'fixed-small'")
@@ -55,8 +60,7 @@ def ddpm_step(x_t, eps, z, abar, abar_prev, clip=True, variance="fixed-large"):
 def ddim_step(x_t, eps, z, abar, abar_prev, eta=0.0, clip=True):
     """DDIM, Eq. 12 of Song et al. (2021); eta = 0 is deterministic. eps is not re-derived from the clipped x^_0."""
     std = eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
-    x0 = predict_x0(x_t, eps, abar)
-    x0 = x0.clamp(-float(clip), float(clip)) if clip else x0
+    x0 = clipped(predict_x0(x_t, eps, abar), clip)
     return like(abar_prev.sqrt(), x_t) * x0 + like((1 - abar_prev - std**2).sqrt(), x_t) * eps + like(std, x_t) * z
 
 
@@ -159,7 +163,7 @@ def heun_sample(model, schedule, x_T, steps=18, S_churn=0.0, S_min=0.0, S_max=fl
         eps = model(x * abars[t].sqrt().to(x.dtype), torch.full((len(x),), t, device=x.device)).to(x.dtype)
         if not clip:
             return eps.clone()  # a CUDA graph writes its next output over this one
-        return (x - (x - table[t] * eps).clamp(-float(clip), float(clip))) / table[t]
+        return (x - clipped(x - table[t] * eps, clip)) / table[t]
 
     x = x_T / abars[ts[0]].sqrt().to(x_T.dtype)
     for i, t in enumerate(ts):
@@ -216,7 +220,7 @@ def precision(device, amp):
     if amp == "fp16" and device.type == "cpu":
         raise ValueError("--amp fp16: needs a GPU; use bf16 or fp32")
     if amp == "auto":
-        amp = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        amp = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[amp]
 
 
@@ -257,6 +261,13 @@ def features_network(features, inception_weights):
     from classifier import load_features
 
     return load_features(features), f"Fréchet distance in {Path(features).name} features", metrics.file_key(features)
+
+
+def reference_name(args, trained):
+    """The set whose clean images --fid compares with."""
+    if not (args.data or trained.get("data")):
+        raise ValueError("--fid: a checkpoint of diffusers does not say what it was trained on; give --data NAME")
+    return args.data or trained["data"]
 
 
 def evaluate(images, args, scorer, data, device):
@@ -373,7 +384,7 @@ def main():
     if args.fid and rank == 0:  # before the sampling, so that a missing set or network costs no work
         scorer = features_network(args.features, args.inception_weights)
         for _, size, trained in models.values():
-            load_images(args.data or trained.get("data", "synthetic"), size, root=args.data_root)
+            load_images(reference_name(args, trained), size, root=args.data_root)
 
     table = []
     for name, (path, steps, spacing) in zip(names, runs):
@@ -414,11 +425,11 @@ def finish(images, out, args, scorer, data, started, device, path, options):
     save_grid(x.float() / 127.5 - 1, out / "grid.png")
     numbers = {"noise_level": metrics.noise_level(x.float() / 127.5 - 1).mean().item()}
     if args.fid:
-        numbers |= evaluate(images, args, scorer, data or "synthetic", device)
+        numbers |= evaluate(images, args, scorer, data, device)
         if len(images) < 10_000:
             print(f"note: n = {len(images)}; distances and IS from fewer than 10,000 images do not compare with published ones")
     metrics.write_metrics(out, started, seed=args.seed, device=device, n=len(images), ckpt=path, sampler=args.sampler,
-                          **options, **numbers)
+                          **options, **(dict(reference=data) if args.fid else {}), **numbers)
     print(f"{len(images)} images -> {out}/grid.png, " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
     return numbers
 
@@ -428,7 +439,7 @@ def compare(table, out, args):
     settings = [tuple(t.get(k) for k in ("data", "p", "sigma", "seed", "corrupt")) for _, _, t, _ in table]
     (name, p, sigma, seed, corrupt), rows = settings[0], []
     with contextlib.suppress(ValueError):  # the set may not be on this machine; the samples' rows stand without it
-        clean, _ = load_images(args.data or name or "synthetic", table[0][1].shape[1], root=args.data_root)
+        clean, _ = load_images(args.data or name or "", table[0][1].shape[1], root=args.data_root)
         data = CorruptedImages(clean, None, p or 0, sigma or 0, seed or 0, corrupt=corrupt or "gauss")
         index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: max(2000, args.n)]
         rows = [("training images, clean", data.clean(index))]
@@ -457,9 +468,9 @@ def fewer_steps(runs, numbers, out, args):
     """OUT/steps.md and steps.png (Table 1, right): each number over the steps, for every checkpoint and spacing rule."""
     keys = [k for k in numbers[0] if k not in ("IS_std", "n_reference")]
     cells = dict(zip(runs, numbers))
-    steps = sorted({s for _, s, _ in runs}, key=lambda s: -(s or 10**6))
+    steps = sorted({s for _, s, _ in runs}, reverse=True)
     lines = [f"{args.sampler}, n = {args.n}: {' / '.join(keys)}", "",
-             f"| checkpoint | spacing | {' | '.join(str(s or 'all') for s in steps)} |", "|---" * (2 + len(steps)) + "|"]
+             f"| checkpoint | spacing | {' | '.join(map(str, steps))} |", "|---" * (2 + len(steps)) + "|"]
     fig, axes = plt.subplots(1, len(keys), figsize=(9, 3.4), layout="constrained", squeeze=False)
     for i, path in enumerate(args.ckpt):
         for rule, line in zip(args.spacing, ("o-", "s--", "^:")):
@@ -467,7 +478,7 @@ def fewer_steps(runs, numbers, out, args):
             row = [cells[path, s, rule] for s in steps]
             lines.append(f"| {name} | {rule} | {' | '.join(' / '.join(f'{d[k]:.4g}' for k in keys) for d in row)} |")
             for ax, key in zip(axes[0], keys):
-                ax.plot([s or 1000 for s in steps], [d[key] for d in row], line, color=metrics.COLOURS[i % 7], ms=4,
+                ax.plot(steps, [d[key] for d in row], line, color=metrics.COLOURS[i % 7], ms=4,
                         label=f"{name}, {rule}")
                 ax.set(xscale="log", xlabel="sampling steps", title=key.replace(" in ", "\nin "))
     for ax in axes[0]:

@@ -12,7 +12,7 @@ purification, against --classifier (P2; see purify.py). Rivals that know neither
 estimated per image), --robust huber, --drop-noisy. --corrupt names other corruptions than Gaussian noise.
 
 Leaves --out/ckpt.pt (raw and EMA weights, optimizer, settings), metrics.jsonl, loss.png, grid.png and metrics.json.
-All randomness is a function of (--seed, step): a resumed run equals an uninterrupted one and, without dropout, 2
+All randomness is a function of (--seed, step): a resumed run equals an uninterrupted one and, without dropout and ADDT, 2
 processes equal one.
 """
 
@@ -160,12 +160,12 @@ def check(args, world):
             raise ValueError(f"--{name.replace('_', '-')}: has no effect with --robust {args.robust}; it is for {users[0]}")
     if args.drop_noisy and args.robust == "ambient":
         raise ValueError("--drop-noisy: leaves --robust ambient nothing to do; choose one of them")
-    if args.robust in ("none", "ambient", "huber") and (
+    if args.robust in ("none", "ambient", "huber", "addt") and (
             unused := args.given & {"lam", "omega", "gamma", "ray_units", "objective", "detach"}):
         raise ValueError(f"--{sorted(unused)[0].replace('_', '-')}: has no effect with --robust {args.robust}; "
                          "choose ran, adv, inv-ran or inv-adv")
-    if args.robust == "addt" and (unused := args.given & {"lam", "omega", "gamma", "ray_units", "objective", "detach"}):
-        raise ValueError(f"--{sorted(unused)[0].replace('_', '-')}: has no effect with --robust addt")
+    if args.robust == "addt" and not (args.init or args.resume):
+        raise ValueError("--robust addt: fine-tunes a trained model; give --init PATH")
     if args.robust != "addt" and (unused := args.given & {"classifier", "addt_guide", "addt_perturb"}):
         raise ValueError(f"--{sorted(unused)[0].replace('_', '-')}: is for --robust addt, not {args.robust}")
     if args.robust == "addt" and (args.addt_guide == "classifier") != bool(args.classifier):
@@ -245,7 +245,12 @@ def main():
 
     sigma_y, kept = None, None
     if args.robust == "ambient" or args.drop_noisy:
-        sigma_y = args.sigma_scale * estimate_noise(data, args.noisy_above)
+        if ckpt:  # as it was: a rounding that moves one image over the threshold would change the order of all
+            sigma_y = ckpt["sigma_y"].to(device)
+        else:
+            sigma_y = args.sigma_scale * estimate_noise(data, args.noisy_above)
+        if world > 1:
+            dist.broadcast(sigma_y, 0)
         kept = (sigma_y == 0).nonzero().flatten().to("cpu" if data.streams else device)
         if args.drop_noisy and args.batch_size > len(kept):
             raise ValueError(f"--drop-noisy: judges {len(kept)} of {len(data)} images clean, fewer than --batch-size "
@@ -262,7 +267,8 @@ def main():
         net.load_state_dict(ckpt["model"])
         ema.load_state_dict(ckpt["ema"])
         optimizer.load_state_dict(ckpt["optimizer"])
-        scaler.load_state_dict(ckpt["scaler"])
+        if ckpt["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(ckpt["scaler"])
         first = ckpt["step"]
     if world > 1:
         for p in [*params, *ema.parameters()]:
@@ -311,10 +317,13 @@ def main():
                            args.ray_units, args.objective, args.detach, beta, u)  # Eq. 10
 
     def save(step):
+        nonlocal saved
+        saved = True
         if rank == 0:
             save_checkpoint(path, dict(
                 kind="unet", config=net.config, image_size=size, step=step, model=net.state_dict(), ema=ema.state_dict(),
-                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), args=settings))
+                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), args=settings,
+                sigma_y=None if sigma_y is None else sigma_y.cpu()))
 
     def grid(step):
         if rank == 0:
@@ -323,6 +332,7 @@ def main():
             save_grid(x0, out / f"grid{step:07d}.png")
             (out / "grid.png").write_bytes((out / f"grid{step:07d}.png").read_bytes())
 
+    saved = bool(ckpt)
     stop = []  # filled by SIGTERM or Ctrl-C; a second Ctrl-C ends the program at once (torchrun repeats SIGTERM by itself)
     for sig in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sig, lambda s, _: (stop.append(s), signal.signal(signal.SIGINT, signal.SIG_DFL)))
@@ -367,7 +377,7 @@ def main():
             values = [[0.0 if k == "grad_norm" and not math.isfinite(x) else x for k, x in zip(names, v)] for v in values]
         bad = [i for i, v in enumerate(values) if not all(map(math.isfinite, v))]
         if bad:
-            last = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+            last = f"the last good checkpoint is {path}" if saved else "there is no checkpoint yet"
             sys.exit(f"train.py: the loss or gradient of step {step - len(pending) + bad[0] + 1} is not finite; {last}. "
                      "Try a lower --lr, or --amp bf16 or fp32")
         line = {k: sum(v[i] for v in values) / len(values) for i, k in enumerate(names)}

@@ -210,10 +210,18 @@ def test_calls_and_memory(iters):
 
 
 def test_weights_get_no_gradient():
-    net = torch.nn.Linear(12, 12).double()
-    on_step, pairs = hook(lambda x, t: net(x.flatten(1)).view_as(x))
+    class Net(torch.nn.Linear):
+        calls = 0
+
+        def forward(self, x, t):
+            assert not self.weight.requires_grad
+            self.calls += 1
+            return super().forward(x.flatten(1)).view_as(x)
+
+    net = Net(12, 12).double()
+    on_step, pairs = hook(net)
     on_step(0, pairs[0][0], draw(3, *SHAPE))
-    assert net.weight.grad is None and net.weight.requires_grad
+    assert net.calls == 2 and net.weight.grad is None and net.weight.requires_grad
 
 
 def checks_of(model, **kw):
@@ -242,9 +250,9 @@ def test_violations_are_reported():
 
     assert "NaN or infinite" in checks_of(spoilt) and "are 0" not in checks_of(spoilt)
     assert "are 0" in checks_of(vanishing) and "random start" in checks_of(vanishing)
-    assert "signs of equal norm" in checks_of(reversed_)
+    assert "signs of equal norm" in checks_of(reversed_) and "small step" in checks_of(reversed_)
     constant = checks_of(lambda x, t: torch.zeros_like(x))  # mean is a multiple of x_t: every direction is alike
-    assert "signs of equal norm" in constant and "random start" in constant
+    assert "signs of equal norm" in constant and "random start" in constant and "small step" not in constant
     assert "random start (4" in checks_of(linear, phi=4.0)  # a start of four times the norm wins: said with its size
     rows = torch.zeros(3, len(attack.TALLY), dtype=torch.float64)
     rows[1, attack.TALLY.index("outside")], rows[2, attack.TALLY.index("lost")] = 5, 1

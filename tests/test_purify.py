@@ -372,3 +372,19 @@ def test_public_attack_libraries_run_on_it(library):
         attack.apgd.n_iter = 2
         x_adv = attack.run_standard_evaluation(x, y, bs=3)
     assert x_adv.shape == x.shape and (x_adv - x).abs().max() <= 8 / 255 + 1e-6
+
+
+def test_gdmp_is_guided_by_the_given_image_in_every_round(monkeypatch):
+    """A model that denoises to 0: from the second round on, the sample has forgotten the image, the guide has not."""
+    guides = []
+    monkeypatch.setattr(purify, "guidance", lambda x, y, kind: guides.append(y.clone()) or torch.zeros_like(x))
+
+    def model(x, t):  # x^_0 = 0
+        return x / (1 - SCHEDULE.alphas_bar[t]).sqrt().view(-1, 1, 1, 1)
+
+    net = purify.PurifiedClassifier(model, SCHEDULE, torch.nn.Identity(), "gdmp-mse", t_star=20, nfe=2, rounds=2,
+                                    noise=lambda k, x: torch.zeros_like(x))
+    given = torch.full((1, 3, 8, 8), 0.9, dtype=torch.float64)
+    net.purify(given)
+    want = [SCHEDULE.alphas_bar[t].sqrt() * 0.9 for t in (20, 10, 0)] * 2
+    assert len(guides) == 6 and all(torch.allclose(g, w.expand_as(g)) for g, w in zip(guides, want))

@@ -22,8 +22,7 @@ def arguments(tmp_path, size="toy", **changes):
 @pytest.mark.parametrize("size", reproduce.SIZES)
 def test_every_flag_exists(tmp_path, size):
     shared = (ROOT / "sample.py").read_text()
-    for _, command in reproduce.commands(arguments(tmp_path, size, test="folder:x")):
-        script, *flags = command.split()
+    for _, (script, *flags) in reproduce.commands(arguments(tmp_path, size, test="folder:x")):
         source = (ROOT / script).read_text()
         source += shared if "add_arguments(parser)" in source else ""
         for flag in (f.replace("--no-png", "--png") for f in flags if f.startswith("--")):
@@ -32,8 +31,8 @@ def test_every_flag_exists(tmp_path, size):
 
 def test_inception_replaces_the_classifier(tmp_path):
     todo = reproduce.commands(arguments(tmp_path, inception_weights="w.pth"))
-    assert not any("classifier" in command for _, command in todo)
-    assert sum("--fid --inception-weights w.pth" in command for _, command in todo) == 2 * len(reproduce.ROWS) + 2
+    assert not any("classifier.py" in argv for _, argv in todo)
+    assert sum("--inception-weights w.pth" in " ".join(argv) for _, argv in todo) == 2 * len(reproduce.ROWS) + 2
 
 
 def record(path, **numbers):
@@ -46,7 +45,10 @@ def test_finished(tmp_path):
     assert not reproduce.finished(tmp_path / "metrics.json")
     assert not reproduce.finished(record(tmp_path / "metrics.json", step=7, args=dict(iters=8)))
     assert reproduce.finished(record(tmp_path / "metrics.json", step=8, args=dict(iters=8)))
-    assert reproduce.finished(record(tmp_path / "b/metrics.json", FID=3.2))
+    other = record(tmp_path / "b/metrics.json", FID=3.2, command="python train.py --seed 0 --resume")
+    assert reproduce.finished(other) and reproduce.finished(other, ["train.py", "--seed", "0"])
+    with pytest.raises(ValueError, match="not of these settings"):
+        reproduce.finished(other, ["train.py", "--seed", "1"])
 
 
 def test_table_verdicts(tmp_path):
@@ -65,17 +67,28 @@ def test_table_verdicts(tmp_path):
 
 
 def test_stops_and_continues(tmp_path):
-    """The deadline stops a training, which saves; the same line continues it from there."""
+    """At the deadline a training is stopped, and saves; the same line continues it from there."""
     out = tmp_path / "run"
-    command = ("train.py --model mini --image-size 8 --data synthetic:64 --batch-size 4 --iters {} --sample-every 0 "
-               f"--device cpu --data-root {tmp_path} --out {out}")
-    assert not reproduce.run(out / "metrics.json", command.format(100_000), time.time() + 15)
+
+    class Deadline(float):  # passes as soon as the first steps are logged
+        def __sub__(self, now):
+            for _ in range(600):
+                if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text():
+                    break
+                time.sleep(0.1)
+            return 0.0
+
+    argv = ("train.py --model mini --image-size 8 --data synthetic:64 --batch-size 4 --iters {} --sample-every 0 "
+            f"--device cpu --data-root {tmp_path} --out {out}")
+    assert not reproduce.run(out / "metrics.json", argv.format(100_000).split(), Deadline(1))
     stopped = json.loads((out / "metrics.json").read_text())["step"]
     assert 0 < stopped < 100_000
-    assert reproduce.run(out / "metrics.json", command.format(stopped + 2), None)
+    assert reproduce.run(out / "metrics.json", argv.format(stopped + 2).split(), None)
     assert json.loads((out / "metrics.json").read_text())["step"] == stopped + 2
     with pytest.raises(ValueError, match="without .*none/metrics.json"):
-        reproduce.run(tmp_path / "none/metrics.json", "losses.py", None)
+        reproduce.run(tmp_path / "none/metrics.json", ["losses.py"], None)
+    with pytest.raises(ValueError, match="--minutes"):
+        reproduce.run(tmp_path / "none/metrics.json", ["sample.py", "--ckpt", f"{out}/ckpt.pt", "--device", "cpu"], time.time())
 
 
 @pytest.mark.parametrize("flags, message", [("toy --data folder:x", "--test"), ("toy --minutes 0", "--minutes 0"),
