@@ -1,9 +1,10 @@
 """Butterflies on a known 25-dimensional subspace: does the model learn the images or their noise?
 
-    python butterflies_pca.py                                  # built-in butterflies, 1 seed; wants a GPU
+    python butterflies_pca.py                                  # built-in butterflies at 8x8: half an hour on a CPU
     python butterflies_pca.py --data folder:PATH --seeds 2     # the same on your images
-    python butterflies_pca.py --data smithsonian               # the paper's set: pip install datasets, needs the internet
     python butterflies_pca.py --iters 20 --methods none adv    # a smoke test, under a minute
+    python butterflies_pca.py --data smithsonian --image-size 32 --channels 64 128 128 --batch-size 64 --lr 1e-3 --iters 10000
+                    # the paper's set and size (pip install datasets; needs the internet), for a GPU; not run here
 
 The claim (P1 §2.2, §3.1, Fig. 3): images are replaced by x' = mu + sum_i lambda_i alpha_i U_i, alpha ~ N(0, 1), so the
 error of a sample x is known exactly: rho = |(x - mu) - U^T U (x - mu)|, its distance from the subspace. Trained on clean
@@ -122,19 +123,19 @@ def main():
     add = parser.add_argument
     add("--data", default="synthetic", help="synthetic[:N] | folder:PATH | smithsonian | any set of train.py")
     add("--data-root", default="data")
-    add("--image-size", type=int, default=32)
+    add("--image-size", type=int, default=8, help="the paper's 32 wants a GPU")
     add("--components", type=int, default=25, help="dimensions of the subspace")
     add("--n-train", type=int, default=5000, help="linearised training images x'")
     add("--p", type=float, default=0.9, help="share of noisy images in the noisy condition")
     add("--sigma", type=float, default=0.1, help="std of their Gaussian noise, [-1, 1] units")
     add("--conditions", nargs="+", choices=["clean", "noisy"], default=["clean", "noisy"])
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    add("--patch", type=int, default=2, help="the U-Net sees S/patch x S/patch patches of patch x patch pixels; 1: pixels")
+    add("--patch", type=int, default=1, help="the U-Net sees S/patch x S/patch patches of patch x patch pixels; 1: pixels")
     add("--channels", type=int, nargs="+", default=[64, 64], help="widths of the U-Net, multiples of 32")
-    add("--iters", type=int, default=1000)
-    add("--batch-size", type=int, default=32)
-    add("--lr", type=float, default=2e-3)
-    add("--eval-every", type=int, default=250)
+    add("--iters", type=int, default=1500)
+    add("--batch-size", type=int, default=16)
+    add("--lr", type=float, default=3e-3)
+    add("--eval-every", type=int, default=500)
     add("--n-eval", type=int, default=64, help="samples behind each number")
     add("--sample-steps", type=int, default=50, help="DDIM steps")
     add("--seeds", type=int, default=1, help="runs with seeds --seed, --seed + 1, ...")
