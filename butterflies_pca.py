@@ -248,7 +248,7 @@ def plot_curves(curves, args, path):
                 ax.fill_between(steps, y.min(0), y.max(0), color=colour, alpha=0.2, lw=0)
         title = "trained on clean images" if condition == "clean" else f"on noisy images (p = {args.p:g}, σ = {args.sigma:g})"
         row[0].set(ylabel="PSNR to the subspace, dB", title=title)
-        row[1].set(ylabel="ρ, distance from the subspace", title=title, yscale="log")
+        row[1].set(ylabel="ρ, distance from the subspace", title=title, yscale="log" if condition == "noisy" else "linear")
         for ax in row:
             ax.grid(alpha=0.3)
     axes[0][1].legend(fontsize=8)

@@ -26,7 +26,7 @@ SIZES = {  # n images behind each number, made in `ddpm` or `ddim` steps
     "toy": dict(
         image="--image-size 16", train="--model mini --iters 600 --sample-every 0", n=400, ddpm=100, ddim=50,
         classifier="--model small --epochs 8", attack="--steps 50 --scale var --n 32", bench="--model mini --image-size 16",
-        steps="--steps 1000 300 100 --n 64"),
+        steps="--steps 300 100 50 --n 64"),
     "short": dict(
         image="", train="--iters 5000 --ema 0.999 --warmup 500 --sample-every 0", n=10_000, ddpm=100, ddim=50,
         classifier="--model wrn-28-10 --epochs 15", attack="--steps 100 --n 500", bench="",
@@ -67,11 +67,11 @@ def commands(args):
     for name, corruption, method, _, _ in ROWS:
         if name in args.skip:
             continue
-        flags = f"{method} {corruption} {size['train']} --seed {args.seed}".split()
-        todo.append((work / name / "metrics.json", ["train.py", *flags, *image, *data, *common, "--out", f"{work}/{name}"]))
+        flags = f"{method} {corruption} {size['train']} {size['image']} --seed {args.seed}".split()
+        todo.append((work / name / "metrics.json", ["train.py", *flags, *data, *common, "--out", f"{work}/{name}"]))
         for sampler in ("ddpm", "ddim"):
-            flags = f"--sampler {sampler} --steps {size[sampler]} --n {size['n']} --no-png".split()
-            todo.append((work / name / sampler / "metrics.json", ["sample.py", *ckpts(name), *flags, *score, *common,
+            flags = f"--n {size['n']} --sampler {sampler} --steps {size[sampler]}".split()
+            todo.append((work / name / sampler / "metrics.json", ["sample.py", *ckpts(name), *flags, *score, "--no-png", *common,
                                                                   "--out", f"{work}/{name}/{sampler}"]))
     noisy = [name for name, corruption, *_ in ROWS if corruption == NOISY and name not in args.skip]
     pair, flags = ckpts("none-0", "adv-0"), f"--sampler ddim --steps {size['ddim']} --n 64 --no-png".split()
