@@ -70,8 +70,8 @@ def commands(args):
         flags = f"{method} {corruption} {size['train']} {size['image']} --seed {args.seed}".split()
         todo.append((work / name / "metrics.json", ["train.py", *flags, *data, *common, "--out", f"{work}/{name}"]))
         for sampler in ("ddpm", "ddim"):
-            flags = f"--n {size['n']} --sampler {sampler} --steps {size[sampler]}".split()
-            todo.append((work / name / sampler / "metrics.json", ["sample.py", *ckpts(name), *flags, *score, "--no-png", *common,
+            flags = [*f"--n {size['n']} --sampler {sampler} --steps {size[sampler]}".split(), *score, "--no-png", *common]
+            todo.append((work / name / sampler / "metrics.json", ["sample.py", *ckpts(name), *flags,
                                                                   "--out", f"{work}/{name}/{sampler}"]))
     noisy = [name for name, corruption, *_ in ROWS if corruption == NOISY and name not in args.skip]
     pair, flags = ckpts("none-0", "adv-0"), f"--sampler ddim --steps {size['ddim']} --n 64 --no-png".split()
