@@ -251,10 +251,9 @@ def plot_curves(curves, args, path):
         row[1].set(ylabel="ρ, distance from the subspace", title=title, yscale="log" if condition == "noisy" else "linear")
         for ax in row:
             ax.grid(alpha=0.3)
-    axes[0][1].legend(fontsize=8)
     for ax in axes[-1]:
         ax.set_xlabel("training step")
-        ax.legend(fontsize=8)
+    fig.legend(*axes[-1][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     fig.savefig(path, dpi=130)
     plt.close(fig)
 
