@@ -74,7 +74,7 @@ def commands(args):
             todo.append((work / name / sampler / "metrics.json", ["sample.py", *ckpts(name), *flags,
                                                                   "--out", f"{work}/{name}/{sampler}"]))
     noisy = [name for name, corruption, *_ in ROWS if corruption == NOISY and name not in args.skip]
-    pair, flags = ckpts("none-0", "adv-0"), f"--sampler ddim --steps {size['ddim']} --n 64 --no-png".split()
+    pair, flags = ckpts("none-0", "adv-0"), f"--sampler ddpm --steps {size['ddpm']} --n 64 --no-png".split()
     samples = ["--samples", f"{work}/none-0/ddpm", f"{work}/adv-0/ddpm", "--names", "DDPM", "Robust_adv"]
     todo += [
         (out / "samples/side_by_side.png", ["sample.py", *ckpts(*noisy), *flags, *common, "--out", f"{out}/samples"]),
