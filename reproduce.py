@@ -138,7 +138,8 @@ def table(args):
                 (out / "records").mkdir(parents=True, exist_ok=True)
                 shutil.copy(path / "metrics.json", out / "records" / f"{name}-{kind}.json")
     distance = next((k for r in records.values() for k in r if k.startswith(("FID", "Fréchet"))), "FID")
-    lines = [f"| row | FID / IS, P1: DDPM | DDIM | {distance} / IS, here: DDPM | DDIM | noise left: DDPM | DDIM | as P1: DDPM, DDIM |",
+    lines = [f"| row | FID / IS, P1: DDPM | DDIM | {distance} / IS, here: DDPM | DDIM | noise left: DDPM | DDIM "
+             "| as P1: DDPM, DDIM |",
              "|---|---|---|---|---|---|---|---|"]
 
     def number(pair):
@@ -165,7 +166,7 @@ def table(args):
     steps = [r.get("step") for (_, kind), r in records.items() if kind == "train"]
     n = sorted({r["n"] for (_, kind), r in records.items() if kind != "train"})
     hardware = sorted({r["device"] for r in records.values()})
-    lines += ["", f"Size `{args.size}`, seed {args.seed}; {' to '.join(map(str, sorted({min(steps), max(steps)}) if steps else [0]))} training steps; "
+    lines += ["", f"Size `{args.size}`, seed {args.seed}; {' or '.join(map(str, sorted(set(steps))))} training steps; "
                   f"{', '.join(map(str, n))} samples per number; {'; '.join(hardware)}. The noise of the training images is in "
                   "samples/table.csv."]
     return lines

@@ -482,6 +482,8 @@ def fewer_steps(runs, numbers, out, args):
                         label=f"{name}, {rule}")
                 ax.set(xscale="log", xlabel="sampling steps", title=key.replace(" in ", "\nin "))
     for ax in axes[0]:
+        ax.set_xticks(steps, map(str, steps))
+        ax.minorticks_off()
         ax.grid(alpha=0.3)
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     fig.savefig(out / "steps.png", dpi=130)
