@@ -38,7 +38,7 @@ from tqdm import tqdm
 import metrics
 from data import CorruptedImages, Order, load_images, seed_at
 from losses import NoiseSchedule, ddpm_loss, robust_loss
-from sample import autocast, generate, heun_timesteps, precision, setup
+from sample import autocast, generate, heun_timesteps, layout, precision, setup
 from train import METHODS, RECIPES, average, memory
 from unet import PRESETS, UNet
 
@@ -177,7 +177,7 @@ def ceiling(device, dtype):
 
 def new_net(args, device):
     torch.manual_seed(0)
-    return UNet(**PRESETS[args.model]).to(device, memory_format=torch.channels_last)
+    return UNet(**PRESETS[args.model]).to(device, memory_format=layout(device, args.amp))
 
 
 def methods(args, device, draw):
@@ -210,10 +210,10 @@ def modes(args, device, draw):
     if args.backend:
         table |= {"compile": (False, "fp32", args.backend), "all three": (True, "bf16", args.backend)}
     for name, (channels_last, amp, backend) in table.items():
-        layout = torch.channels_last if channels_last else torch.contiguous_format
+        form = torch.channels_last if channels_last else torch.contiguous_format
         x0, t, eps, beta, u = batch
-        mine = [x0.contiguous(memory_format=layout), t, eps.contiguous(memory_format=layout), beta, u]
-        step = training(new_net(args, device).to(memory_format=layout), device, amp, backend)
+        mine = [x0.contiguous(memory_format=form), t, eps.contiguous(memory_format=form), beta, u]
+        step = training(new_net(args, device).to(memory_format=form), device, amp, backend)
         calls[name] = lambda step=step, mine=mine: step("none", *mine)
     return rows_of("modes", interleaved(calls, args, device), dict.fromkeys(calls, args.batch_size), "eager")
 
@@ -241,12 +241,12 @@ def against(args, device, draw):
     for amp in ("fp32", "bf16") if args.amp == "auto" else (args.amp,):
         for backend in (None, args.backend) if args.backend else (None,):
             calls = {}
-            for name, layout in (("ours", torch.channels_last), ("diffusers", torch.contiguous_format),
-                                 ("diffusers, channels_last", torch.channels_last)):
+            for name, form in (("ours", layout(device, amp)), ("diffusers", torch.contiguous_format),
+                               ("diffusers, channels_last", torch.channels_last)):
                 torch.manual_seed(0)
                 net = new_net(args, device) if name == "ours" else Reference(args.image_size, **PRESETS[args.model])
-                step = training(net.to(device, memory_format=layout), device, amp, backend)
-                batch = [v.contiguous(memory_format=layout) if v.shape == x0.shape else v for v in draw(0)]
+                step = training(net.to(device, memory_format=form), device, amp, backend)
+                batch = [v.contiguous(memory_format=form) if v.shape == x0.shape else v for v in draw(0)]
                 calls[f"{amp}{', compile' if backend else ''}: {name}"] = lambda step=step, batch=batch: step("none", *batch)
             seconds = interleaved(calls, args, device)
             better = min(list(calls)[1:], key=lambda name: np.median(seconds[name]))

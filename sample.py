@@ -224,6 +224,12 @@ def precision(device, amp):
     return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[amp]
 
 
+def layout(device, amp):
+    """channels_last; but contiguous for bf16 on a CPU, where PyTorch's norms make channels_last 1.7 times slower."""
+    slow = device.type == "cpu" and precision(device, amp) == torch.bfloat16
+    return torch.contiguous_format if slow else torch.channels_last
+
+
 def autocast(device, amp):
     dtype = precision(device, amp)
     if dtype == torch.float32:
@@ -329,7 +335,7 @@ def load_model(path, args, device):
     else:
         ckpt = load_checkpoint(path)
         net, size, trained = UNet.load(ckpt, ema=not args.raw), ckpt["image_size"], ckpt["args"]
-    net = net.to(device, memory_format=torch.channels_last).eval()
+    net = net.to(device, memory_format=layout(device, getattr(args, "amp", "fp32"))).eval()
     if args.compile or (args.compile is None and device.type == "cuda"):
         net = torch.compile(net, mode="reduce-overhead" if device.type == "cuda" else None)  # CUDA graphs
     return net, args.image_size or size, trained

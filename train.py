@@ -37,7 +37,7 @@ import metrics
 from classifier import load_classifier
 from data import CORRUPTIONS, NAMES, CorruptedImages, Order, load_images, seed_at
 from losses import NoiseSchedule, addt_loss, ambient_loss, ddpm_loss, huber_loss, robust_loss
-from sample import autocast, generate, precision, save_grid, setup
+from sample import autocast, generate, layout, precision, save_grid, setup
 from unet import PRESETS, UNet, load_checkpoint, save_checkpoint
 
 matplotlib.use("Agg")
@@ -258,7 +258,7 @@ def main():
 
     settings = {k: v for k, v in vars(args).items() if k not in ("given", "out", "device", "resume", "overwrite", "init")}
     schedule = NoiseSchedule().to(device)
-    net = net.to(device, memory_format=torch.channels_last).train()
+    net = net.to(device, memory_format=layout(device, args.amp)).train()
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     params = list(net.parameters())
     optimizer = dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW)[args.optimizer](params, lr=args.lr, fused=True)

@@ -38,6 +38,12 @@ def timestep_embedding(t, dim):
     return torch.cat([phase.sin(), phase.cos()], dim=1)
 
 
+def layout_of(weight):
+    """The memory format of a convolution's weight, which its input should share."""
+    last = weight.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def conv3x3(c_in, c_out, stride=1, padding=1):
     return nn.Conv2d(c_in, c_out, 3, stride=stride, padding=padding)
 
@@ -145,6 +151,7 @@ class UNet(nn.Module):
     def forward(self, x, t):
         if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
             raise ValueError(f"image size {x.shape[-2]}x{x.shape[-1]} does not divide by {self.factor}, as this network needs")
+        x = x.contiguous(memory_format=layout_of(self.conv_in.weight))
         emb = timestep_embedding(t, self.time[0].in_features).to(self.time[0].weight.dtype)
         emb = F.silu(self.time(emb))  # (B, 4 c0)
 
