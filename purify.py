@@ -357,7 +357,7 @@ def main():
     names = [sample.folder_name(c) for c in args.ckpt]
     if len(set(names)) < len(names):
         raise ValueError(f"--ckpt: two checkpoints lie in a folder {max(names, key=names.count)}; rename one's")
-    load = argparse.Namespace(raw=args.raw, compile=False, image_size=None)
+    load = argparse.Namespace(raw=args.raw, compile=False, image_size=None, amp="fp32")
     models = {name: sample.load_model(path, load, device)[:2] for name, path in zip(names, args.ckpt)}
     local = int(os.environ.get("LOCAL_RANK", 0))
     if world > 1 and local > 0:
