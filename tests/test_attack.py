@@ -4,15 +4,14 @@ import argparse
 import gc
 import json
 import math
-import sys
 import weakref
 
+import cli
 import numpy as np
 import pytest
 import torch
 
 import attack
-import metrics
 import sample
 from data import CORRUPTION_STREAM, image_noise
 from losses import NoiseSchedule
@@ -263,14 +262,7 @@ def test_violations_are_reported():
 
 
 def call(*args):
-    old, sys.argv = sys.argv, ["attack.py", *map(str, args), "--device", "cpu"]
-    try:
-        metrics.cli(attack.main)
-    except SystemExit as e:
-        return e.code
-    finally:
-        sys.argv = old
-    return 0
+    return cli.call(attack, *args, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,14 @@
 import csv
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from cli import call
 
 import bench
-import metrics
 import train
 from data import CorruptedImages, load_images
 from unet import PRESETS, UNet
@@ -33,17 +32,6 @@ def one_thread():
 @pytest.fixture
 def smaller(monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", SHAPE)
-
-
-def call(script, *args):
-    old, sys.argv = sys.argv, [f"{script.__name__}.py", *map(str, args)]
-    try:
-        metrics.cli(script.main)
-    except SystemExit as e:
-        return e.code
-    finally:
-        sys.argv = old
-    return 0
 
 
 def run(out, *args):

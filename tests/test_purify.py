@@ -3,14 +3,13 @@
 import importlib
 import json
 import math
-import sys
 
+import cli
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-import metrics
 import purify
 from classifier import WideResNet
 from losses import NoiseSchedule
@@ -294,14 +293,7 @@ def test_clopper_pearson():
 
 
 def run(*args):
-    old, sys.argv = sys.argv, ["purify.py", *map(str, args)]
-    try:
-        metrics.cli(purify.main)
-    except SystemExit as e:
-        return e.code
-    finally:
-        sys.argv = old
-    return 0
+    return cli.call(purify, *args)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cli import call
 
 import metrics
 import sample
@@ -33,18 +34,6 @@ def one_thread():
     torch.set_num_threads(threads)
     for s, handler in handlers.items():
         signal.signal(s, handler)
-
-
-def call(script, *args):
-    """script.main() in this process -> exit code."""
-    old, sys.argv = sys.argv, [f"{script.__name__}.py", *map(str, args)]
-    try:
-        metrics.cli(script.main)
-    except SystemExit as e:
-        return e.code
-    finally:
-        sys.argv = old
-    return 0
 
 
 def torchrun(script, *args, processes=2):

@@ -1,0 +1,17 @@
+"""A script's command line, run in this process."""
+
+import sys
+
+import metrics
+
+
+def call(script, *args):
+    """script.main() with these arguments -> exit code."""
+    old, sys.argv = sys.argv, [f"{script.__name__}.py", *map(str, args)]
+    try:
+        metrics.cli(script.main)
+    except SystemExit as e:
+        return e.code
+    finally:
+        sys.argv = old
+    return 0
