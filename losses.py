@@ -19,8 +19,7 @@ from torch import nn
 class NoiseSchedule:
     """beta_t linear over T steps (Eq. 1); all arrays (T,) in float64, gathered to the dtype of the data.
 
-    betas; alphas_bar = prod(1 - beta); alphas_bar_prev = the same one step earlier, 1 at t = 0;
-    posterior_variance = beta~_t, the variance of q(x_{t-1} | x_t, x_0).
+    betas; alphas_bar = prod(1 - beta); alphas_bar_prev = the same one step earlier, 1 at t = 0.
     """
 
     def __init__(self, T=1000, beta_start=1e-4, beta_end=0.02):
@@ -31,11 +30,10 @@ class NoiseSchedule:
         self.betas = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
         self.alphas_bar = torch.cumprod(1 - self.betas, dim=0)
         self.alphas_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_bar[:-1]])
-        self.posterior_variance = self.betas * (1 - self.alphas_bar_prev) / (1 - self.alphas_bar)
 
     def to(self, device):
         """Move the arrays; worth doing once before a loop on a GPU."""
-        for name in ("betas", "alphas_bar", "alphas_bar_prev", "posterior_variance"):
+        for name in ("betas", "alphas_bar", "alphas_bar_prev"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
@@ -168,9 +166,9 @@ def ambient_loss(model, schedule, y, t, eps, sigma_y):
 def huber_loss(model, schedule, x0, t, eps, c=0.1):
     """E 2 c_t^2 (sqrt(1 + r^2 / c_t^2) - 1), r = eps_theta - eps per element: scheduled pseudo-Huber -> scalar.
 
-    Khrapov et al., arXiv 2403.16728: c_t = c^(t / T) falls from 1 to c, so that it is robust where the content forms. That
-    schedule, the factor 2 (r^2 for small r), residuals per element and c = 0.1 are as in public trainers, not checked
-    against the paper. c = 1 is constant in t; c_t -> infinity is Eq. 4.
+    Khrapov et al., arXiv 2403.16728: c_t = c^(t / T) falls from 1 to c, so that it is robust where the content forms: the
+    authors' exponential schedule (in their pull request kohya-ss/sd-scripts#1228). The factor 2 (r^2 for small r), residuals
+    per element and c = 0.1 are as in the trainers that took it over. c = 1 is constant in t; c_t -> infinity is Eq. 4.
     """
     c_t = like(c ** (t.double() / schedule.T), x0)
     r = model(schedule.q_sample(x0, t, eps), t).to(x0.dtype) - eps

@@ -142,17 +142,20 @@ def nearest(queries, keys, chunk_q=2048, chunk_k=8192, device="cpu", desc="neare
     index = torch.zeros(len(queries), dtype=torch.int64)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # no TF32: it rounds to 1e-3
-    for i in tqdm(range(0, len(queries), chunk_q), desc=desc, unit="chunk", leave=False, disable=len(queries) <= chunk_q):
-        q = queries[i : i + chunk_q].to(device)
-        best, where = torch.full((len(q),), -torch.inf, device=device), torch.zeros(len(q), dtype=torch.int64, device=device)
-        for j in range(0, len(keys), chunk_k):
-            products = q @ keys[j : j + chunk_k].to(device).T  # (chunk_q, chunk_k)
-            value = products.amax(1)
-            first = (products >= value[:, None] - TIE).to(torch.uint8).argmax(1)
-            better = value > best + TIE
-            best, where = torch.where(better, value, best), torch.where(better, first + j, where)
-        index[i : i + chunk_q] = where.cpu()
-    torch.set_float32_matmul_precision(precision)
+    try:
+        for i in tqdm(range(0, len(queries), chunk_q), desc=desc, unit="chunk", leave=False, disable=len(queries) <= chunk_q):
+            q = queries[i : i + chunk_q].to(device)
+            best = torch.full((len(q),), -torch.inf, device=device)
+            where = torch.zeros(len(q), dtype=torch.int64, device=device)
+            for j in range(0, len(keys), chunk_k):
+                products = q @ keys[j : j + chunk_k].to(device).T  # (chunk_q, chunk_k)
+                value = products.amax(1)
+                first = (products >= value[:, None] - TIE).to(torch.uint8).argmax(1)
+                better = value > best + TIE
+                best, where = torch.where(better, value, best), torch.where(better, first + j, where)
+            index[i : i + chunk_q] = where.cpu()
+    finally:
+        torch.set_float32_matmul_precision(precision)
     similarity = [(queries[i : i + 1024].double() * keys[index[i : i + 1024]].double()).sum(1)
                   for i in range(0, len(queries), 1024)]
     return torch.cat(similarity).clamp(-1, 1), index

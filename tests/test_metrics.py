@@ -13,6 +13,7 @@ from metrics import (
     extract,
     frechet_distance,
     inception_score,
+    judged_faulty,
     moments,
     noise_level,
     noise_mad,
@@ -25,6 +26,17 @@ from metrics import (
 def spd(d, rank=None, seed=0):
     a = np.random.default_rng(seed).normal(size=(d, rank or 2 * d))
     return a @ a.T / a.shape[1]
+
+
+def test_judged_faulty_errs_as_often_as_normal_theory_says():
+    """Equal covariances, means D apart in their metric: a share Phi(-D / 2) of either kind falls on the wrong side."""
+    rng, root, D = np.random.default_rng(0), linalg.cholesky(spd(5)), 2.5
+    shift = D * root[0] / np.linalg.norm(linalg.solve_triangular(root, root[0], trans="T"))
+    x = rng.normal(size=(60_000, 5)) @ root
+    clean, faulty, mixed = x[:20_000], x[20_000:40_000] + shift, x[40_000:] + np.outer(rng.random(20_000) < 0.3, shift)
+    wrong = stats.norm.cdf(-D / 2)
+    assert judged_faulty(clean, faulty, mixed) == pytest.approx([wrong, 1 - wrong, 0.3 + 0.4 * wrong], abs=0.012)
+    assert judged_faulty(faulty, clean, clean)[2] == pytest.approx(1 - wrong, abs=0.012)
 
 
 # Fréchet distance ----------------------------------------------------------------------------------------------------
