@@ -135,6 +135,27 @@ def test_vp_sde_tends_to_ddpm():
     assert errors[1] < 0.003 and 3 < errors[0] / errors[1] < 9
 
 
+def test_corrector_step_has_the_signal_to_noise_ratio():
+    """Song et al. (2021), Alg. 5: x + size score + sqrt(2 size) z with |size score| = snr sqrt(alpha_t) |sqrt(2 size) z|."""
+    eps, seen = draw(2, 3, 6, 6, seed=7), []
+    eps[1] *= 3  # each image has its own step
+
+    def model(x, t):
+        seen.append((x, t))
+        return eps
+
+    noise = image_draws(3, torch.arange(2))
+    purifier("vp-sde-corrector", model, t_star=100, nfe=1, snr=0.25).purify(draw(2, 3, 6, 6), noise)
+    (before, t), (after, _) = seen[:2]
+    t, z, moved = t[0], noise(2, before), after - before
+    for d, e, w in zip(moved, eps, z):
+        (a, b), *_ = np.linalg.lstsq(np.stack([-e.flatten(), w.flatten()], 1), d.flatten(), rcond=None)
+        np.testing.assert_allclose(-a * e + b * w, d, atol=1e-12)
+        size = a * (1 - SCHEDULE.alphas_bar[t]).sqrt()
+        assert b == pytest.approx(math.sqrt(2 * size), rel=1e-9)
+        assert a * e.norm() / (b * w.norm()) == pytest.approx(0.25 * math.sqrt(1 - SCHEDULE.betas[t]), rel=1e-9)
+
+
 def test_it_is_the_sampler_of_sample_py():
     x, noise = 2 * images() - 1, image_draws(5, INDEX)
     t = torch.full((3,), 60)
