@@ -102,13 +102,13 @@ def commands(args):
     pair, flags = ckpts("none-0", "adv-0"), f"--sampler ddpm --steps {size['ddpm']} --n 64 --no-png".split()
     samples = ["--samples", f"{work}/none-0/ddpm", f"{work}/adv-0/ddpm", "--names", "DDPM", "Robust_adv"]
     todo += [
-        (out / "samples/side_by_side.png", ["sample.py", *ckpts(*noisy), *flags, *common, "--out", f"{out}/samples"]),
+        (out / "samples/side_by_side.png", ["compare.py", *ckpts(*noisy), *flags, *common, "--out", f"{out}/samples"]),
         (out / "attack/metrics.json", ["attack.py", *pair, *size["attack"].split(), *score, *common, "--out", f"{out}/attack"]),
         (out / "memorization/metrics.json", ["memorization.py", *samples, *data, *test, *image, "--features",
                                              args.memorization_features, *common, "--out", f"{out}/memorization"]),
         (out / "bench/metrics.json", ["bench.py", "--what", "methods", *size["bench"].split(), "--device", args.device,
                                       "--out", f"{out}/bench"]),
-        (out / "steps/steps.md", ["sample.py", *pair, *size["steps"].split(), "--spacing", "respaced", "naive", "truncated",
+        (out / "steps/steps.md", ["compare.py", *pair, *size["steps"].split(), "--spacing", "respaced", "naive", "truncated",
                                   *score, "--no-png", *common, "--out", f"{out}/steps"]),
     ]
     return todo

@@ -2,39 +2,34 @@
 
     python sample.py --ckpt out/ckpt.pt --n 64 --sampler ddim --steps 100 --out samples
     python sample.py --ckpt out/ckpt.pt --fid                            # FID and IS of 10,000 images
-    python sample.py --ckpt ddpm/ckpt.pt robust/ckpt.pt --steps 1000 300 --spacing respaced naive --fid   # Table 1, right
     torchrun --nproc-per-node 8 -- sample.py --ckpt out/ckpt.pt --n 50000 --fid
 
 Leaves --out/images/*.png (a folder `python -m pytorch_fid` reads), samples.npz, grid.png and metrics.json. Image i is a
-function of --seed and i alone, whatever the batch size and the number of processes. Several checkpoints, numbers of steps
-or spacing rules make a sample each, side_by_side.png and table.csv; several numbers of steps also steps.md and steps.png.
+function of --seed and i alone, whatever the batch size and the number of processes. Several samples at once: compare.py.
 """
 
 import argparse
-import contextlib
 import datetime
+import functools
 import os
+import re
 import time
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
 from torchvision.io import write_png
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 import metrics
-from data import CorruptedImages, image_noise, load_images
+from data import image_noise, load_images
 from losses import NoiseSchedule, like, posterior_mean, predict_x0
 from unet import UNet, load_checkpoint
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
 # ---------------------------------------------------------------------------------------------------------------------
-# one step of each sampler; abar and abar_prev are (B,) float64, abar < abar_prev <= 1
+# one step of each sampler; abar and abar_prev are (B,) float64, abar < abar_prev <= 1. Samplers: x_T (B, ..) ~ N(0, I) -> x_0
 
 
 def clipped(x0, clip):
@@ -64,10 +59,6 @@ def ddim_step(x_t, eps, z, abar, abar_prev, eta=0.0, clip=True):
     return like(abar_prev.sqrt(), x_t) * x0 + like((1 - abar_prev - std**2).sqrt(), x_t) * eps + like(std, x_t) * z
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# samplers: x_T (B, ..) ~ N(0, I) -> x_0 of its shape
-
-
 def ddpm_timesteps(T, steps=None, spacing="respaced"):
     """Pairs (t, t_prev), from noise to data; t_prev = -1 stands for x_0.
 
@@ -80,10 +71,7 @@ def ddpm_timesteps(T, steps=None, spacing="respaced"):
         raise ValueError(f"--steps {steps}: must lie in 1..{T}")
     if spacing not in ("respaced", "naive", "truncated"):
         raise ValueError(f"--spacing {spacing}: need respaced, naive or truncated")
-    if spacing == "truncated":
-        ts = list(range(steps - 1, -1, -1))
-    else:
-        ts = np.linspace(T - 1, 0, steps).round().astype(int).tolist() if steps > 1 else [T - 1]
+    ts = np.linspace(T - 1, 0, steps).round().astype(int).tolist() if spacing != "truncated" else list(range(steps))[::-1]
     after = ts[1:] if spacing == "respaced" else [t - 1 for t in ts[:-1]]
     return list(zip(ts, after + [-1]))
 
@@ -118,18 +106,14 @@ def ddpm_sample(model, schedule, x_T, steps=None, spacing="respaced", clip=True,
     from the global generator.
     on_step(i, t, x_t) -> x_t is called before the network at every step, to record or to perturb.
     """
-    def step(x, eps, z, abar, abar_prev):
-        return ddpm_step(x, eps, z, abar, abar_prev, clip, variance)
-
+    step = functools.partial(ddpm_step, clip=clip, variance=variance)
     return _run(model, schedule, x_T, ddpm_timesteps(schedule.T, steps, spacing), step, noise, on_step)
 
 
 @torch.no_grad()
 def ddim_sample(model, schedule, x_T, steps=100, eta=0.0, clip=True, noise=None, on_step=None):
     """DDIM (Song et al., 2021); eta = 0 uses no noise. The other arguments as in ddpm_sample."""
-    def step(x, eps, z, abar, abar_prev):
-        return ddim_step(x, eps, z, abar, abar_prev, eta, clip)
-
+    step = functools.partial(ddim_step, eta=eta, clip=clip)
     zero = (lambda i: torch.zeros_like(x_T)) if eta == 0 else noise
     return _run(model, schedule, x_T, ddim_timesteps(schedule.T, steps), step, zero, on_step)
 
@@ -140,7 +124,7 @@ def heun_timesteps(schedule, steps=18, t_start=None, rho=7.0):
     t_start = schedule.T - 1 if t_start is None else t_start
     if steps < 1 or not 0 <= t_start < schedule.T:
         raise ValueError(f"heun: need --steps >= 1 (got {steps}) and t_start in 0..{schedule.T - 1} (got {t_start})")
-    u = np.linspace(0, 1, steps) if steps > 1 else np.zeros(1)
+    u = np.linspace(0, 1, steps)
     levels = (sigmas[t_start] ** (1 / rho) + u * (sigmas[0] ** (1 / rho) - sigmas[t_start] ** (1 / rho))) ** rho
     ts = [int(np.abs(sigmas - s).argmin()) for s in levels]
     return sorted(set(ts), reverse=True)  # the rounding may merge the smallest levels
@@ -175,10 +159,9 @@ def heun_sample(model, schedule, x_T, steps=18, S_churn=0.0, S_min=0.0, S_max=fl
             t = t_hat
         sigma_next = table[ts[i + 1]] if i + 1 < len(ts) else 0.0
         d = slope(x, t)
-        x_next = x + (sigma_next - table[t]) * d
         if sigma_next > 0:
-            x_next = x + (sigma_next - table[t]) * 0.5 * (d + slope(x_next, ts[i + 1]))
-        x = x_next
+            d = (d + slope(x + (sigma_next - table[t]) * d, ts[i + 1])) / 2
+        x = x + (sigma_next - table[t]) * d
     return x
 
 
@@ -190,12 +173,9 @@ def setup(device):
     """--device auto | cpu | cuda | cuda:N -> (device, rank, world); under torchrun, joins the process group."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"--device {device}: need auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ValueError(f"--device {device}: need auto, cpu, cuda or cuda:N")
+    device = torch.device(device)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device.index is not None and world > 1:
         raise ValueError(f"--device {device}: under torchrun each process takes its own GPU; write --device cuda")
@@ -210,8 +190,7 @@ def setup(device):
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
     if world > 1 and not dist.is_initialized():  # one process may decode a large set while the others wait
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
     return device, rank, world
 
 
@@ -233,9 +212,7 @@ def layout(device, amp):
 
 def autocast(device, amp):
     dtype = precision(device, amp)
-    if dtype == torch.float32:
-        return torch.autocast(device.type, enabled=False)
-    return torch.autocast(device.type, dtype=dtype)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def generate(model, schedule, index, shape, seed, device, sampler="ddpm", **options):
@@ -254,6 +231,18 @@ def save_grid(x, path):
     scale = max(1, 64 // x.shape[-1])
     x = (x[:64].clamp(-1, 1) + 1) / 2
     save_image(x.repeat_interleave(scale, 2).repeat_interleave(scale, 3), path, nrow=8)
+
+
+def save_sample(images, out, png):
+    """OUT/samples.npz, grid.png and, if png, images/*.png of images (n, S, S, 3) uint8 -> x (n, 3, S, S) in [-1, 1]."""
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2)
+    for i in range(len(x) if png else 0):
+        write_png(x[i], str(out / "images" / f"{i:06d}.png"), compression_level=1)
+    np.savez_compressed(out / "samples.npz", images=images)
+    x = x / 127.5 - 1
+    save_grid(x, out / "grid.png")
+    return x
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,13 +307,12 @@ def sampler_options(args, steps, spacing):
     if args.sampler == "ddpm":
         ddpm_timesteps(NoiseSchedule().T, steps, spacing)
         return dict(steps=steps, spacing=spacing, variance=args.variance, clip=not args.no_clip)
+    steps = dict(ddim=100, heun=18)[args.sampler] if steps is None else steps
     if args.sampler == "ddim":
         if not 0 <= args.eta <= 1:
             raise ValueError(f"--eta {args.eta}: must lie in [0, 1]")
-        steps = 100 if steps is None else steps
         ddim_timesteps(NoiseSchedule().T, steps)
         return dict(steps=steps, eta=args.eta, clip=not args.no_clip)
-    steps = 18 if steps is None else steps
     heun_timesteps(NoiseSchedule(), steps)
     return dict(steps=steps, S_churn=args.s_churn, clip=not args.no_clip)
 
@@ -356,59 +344,8 @@ def sample_uint8(model, size, n, args, options, device, rank, world):
             images[index] = metrics.to_uint8(x0).permute(0, 2, 3, 1).cpu().numpy()
             bar.update(len(index))
     if world > 1:  # every row is written by one process; the others hold zeros
-        gathered = torch.from_numpy(images)
-        dist.all_reduce(gathered)
-        images = gathered.numpy()
+        dist.all_reduce(torch.from_numpy(images))  # in place
     return images
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--ckpt", required=True, nargs="+", help="checkpoints of train.py, or diffusers folders")
-    add("--n", type=int, default=10_000, help="number of images; FID below 10,000 is biased upwards")
-    add("--steps", type=int, nargs="+", default=[None], help="default: ddpm 1000, ddim 100, heun 18 (noise levels)")
-    add("--spacing", nargs="+", default=["respaced"], help="ddpm: rules for fewer steps, respaced | naive | truncated")
-    add("--out", default="samples", help="with several checkpoints, steps or rules: one folder each, and a table")
-    add("--fid", action="store_true", help="FID and IS against the clean images of --data")
-    add("--png", action=argparse.BooleanOptionalAction, default=True, help="write the PNG folder")
-    add_arguments(parser)
-    args = parser.parse_args()
-    if args.n < 1 or args.batch_size < 1:
-        raise ValueError(f"--n {args.n} --batch-size {args.batch_size}: both must be at least 1")
-    runs = [(c, s, r) for c in args.ckpt for s in args.steps for r in args.spacing]
-    for _, steps, spacing in runs:  # all refused before any is run
-        sampler_options(args, steps, spacing)
-    device, rank, world = setup(args.device)
-    autocast(device, args.amp)
-    models = {c: load_model(c, args, device) for c in args.ckpt}
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    names = [run_name(args, *run) for run in runs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"--ckpt: two samples would share the folder {out}/{max(names, key=names.count)}; rename one's folder")
-    scorer = None
-    if args.fid and rank == 0:  # before the sampling, so that a missing set or network costs no work
-        scorer = features_network(args.features, args.inception_weights)
-        for _, size, trained in models.values():
-            load_images(reference_name(args, trained), size, root=args.data_root)
-
-    table = []
-    for name, (path, steps, spacing) in zip(names, runs):
-        started, options = time.time(), sampler_options(args, steps, spacing)
-        model, size, trained = models[path]
-        images = sample_uint8(model, size, args.n, args, options, device, rank, world)
-        if rank == 0:
-            folder = out if len(runs) == 1 else out / name
-            numbers = finish(images, folder, args, scorer, args.data or trained.get("data"), started, device, path, options)
-            table.append((name, images, trained, numbers))
-    if rank == 0 and len(runs) > 1:
-        compare(table, out, args)
-    if rank == 0 and len(args.steps) > 1:
-        fewer_steps(runs, [numbers for *_, numbers in table], out, args)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def folder_name(path):
@@ -416,87 +353,57 @@ def folder_name(path):
     return path.name if path.is_dir() else path.parent.name
 
 
-def run_name(args, path, steps, spacing):
-    """The folder of one sample among several: that of the checkpoint, with what else differs between them."""
-    name = [folder_name(path)]
-    return "-".join(name + [str(steps or "all")] * (len(args.steps) > 1) + [spacing] * (len(args.spacing) > 1))
+def sample_and_score(runs, args):
+    """Samples of runs, {folder: (checkpoint, steps, spacing)}, in their folders; what cannot work is refused before the first.
+
+    -> {folder: (the first 64 images in [-1, 1], numbers, training settings)}; under torchrun on the first process alone.
+    """
+    if args.n < 1 or args.batch_size < 1:
+        raise ValueError(f"--n {args.n} --batch-size {args.batch_size}: both must be at least 1")
+    options = {out: sampler_options(args, steps, spacing) for out, (_, steps, spacing) in runs.items()}
+    device, rank, world = setup(args.device)
+    models = {path: load_model(path, args, device) for path in {path: None for path, _, _ in runs.values()}}
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    scorer, results = None, {}
+    if args.fid and rank == 0:  # before the sampling, so that a missing set or network costs no work
+        scorer = features_network(args.features, args.inception_weights)
+        for _, size, trained in models.values():
+            load_images(reference_name(args, trained), size, root=args.data_root)
+        if args.n < 10_000:
+            print(f"note: n = {args.n}; distances and IS from fewer than 10,000 images do not compare with published ones")
+    for out, (path, _, _) in runs.items():
+        started, (model, size, trained) = time.time(), models[path]
+        images = sample_uint8(model, size, args.n, args, options[out], device, rank, world)
+        if rank == 0:
+            x = save_sample(images, Path(out), args.png)
+            data = reference_name(args, trained) if args.fid else None
+            numbers = {"noise_level": metrics.noise_level(x).mean().item()}
+            numbers |= evaluate(images, args, scorer, data, device) if data else {}
+            metrics.write_metrics(out, started, seed=args.seed, device=device, n=args.n, ckpt=path, sampler=args.sampler,
+                                  **options[out], **(dict(reference=data) if data else {}), **numbers)
+            print(f"{args.n} images -> {out}/grid.png, " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+            results[out] = x[:64].clone(), numbers, trained
+    if world > 1:  # the others wait for the first process, which scores
+        dist.barrier()
+        dist.destroy_process_group()
+    return results
 
 
-def finish(images, out, args, scorer, data, started, device, path, options):
-    """Files and numbers of one sample (n, S, S, 3) uint8."""
-    (out / "images").mkdir(parents=True, exist_ok=True)
-    x = torch.from_numpy(images).permute(0, 3, 1, 2)
-    for i in range(len(x) if args.png else 0):
-        write_png(x[i], str(out / "images" / f"{i:06d}.png"), compression_level=1)
-    np.savez_compressed(out / "samples.npz", images=images)
-    save_grid(x.float() / 127.5 - 1, out / "grid.png")
-    numbers = {"noise_level": metrics.noise_level(x.float() / 127.5 - 1).mean().item()}
-    if args.fid:
-        numbers |= evaluate(images, args, scorer, data, device)
-        if len(images) < 10_000:
-            print(f"note: n = {len(images)}; distances and IS from fewer than 10,000 images do not compare with published ones")
-    metrics.write_metrics(out, started, seed=args.seed, device=device, n=len(images), ckpt=path, sampler=args.sampler,
-                          **options, **(dict(reference=data) if args.fid else {}), **numbers)
-    print(f"{len(images)} images -> {out}/grid.png, " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
-    return numbers
-
-
-def compare(table, out, args):
-    """OUT/table.csv and side_by_side.png: training images as they are and as they were trained on, then each sample."""
-    settings = [tuple(t.get(k) for k in ("data", "p", "sigma", "seed", "corrupt")) for _, _, t, _ in table]
-    (name, p, sigma, seed, corrupt), rows = settings[0], []
-    with contextlib.suppress(ValueError):  # the set may not be on this machine; the samples' rows stand without it
-        clean, _ = load_images(args.data or name or "", table[0][1].shape[1], root=args.data_root)
-        data = CorruptedImages(clean, None, p or 0, sigma or 0, seed or 0, corrupt=corrupt or "gauss")
-        index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: max(2000, args.n)]
-        rows = [("training images, clean", data.clean(index))]
-        if p and len(set(settings)) == 1:
-            rows.append(("as trained on", data.batch(index)))
-    rows += [(name, torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1) for name, x, _, _ in table]
-    levels = [metrics.noise_level(x).mean().item() for _, x in rows]
-    numbers = [{}] * (len(rows) - len(table)) + [t[3] for t in table]
-    columns = list(dict.fromkeys(k for d in numbers for k in d if k != "noise_level"))
-    lines = ["name,noise_level" + "".join(f",{k}" for k in columns)]
-    lines += [f"{name},{v:.4f}" + "".join(f",{d[k]:.4f}" if k in d else "," for k in columns)
-              for (name, _), v, d in zip(rows, levels, numbers)]
-    (out / "table.csv").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-    fig, axes = plt.subplots(len(rows), 1, figsize=(9, 1.35 * len(rows)), layout="constrained")
-    for ax, (name, x), v in zip(axes, rows, levels):
-        picture = make_grid((x[:32].clamp(-1, 1) + 1) / 2, nrow=16, padding=1, pad_value=1)
-        ax.imshow(picture.permute(1, 2, 0), interpolation="nearest")
-        ax.set_title(f"{name}: noise level {v:.3f}", fontsize=10, loc="left", pad=3)
-        ax.axis("off")
-    fig.savefig(out / "side_by_side.png", dpi=120)
-    plt.close(fig)
-
-
-def fewer_steps(runs, numbers, out, args):
-    """OUT/steps.md and steps.png (Table 1, right): each number over the steps, for every checkpoint and spacing rule."""
-    keys = [k for k in numbers[0] if k not in ("IS_std", "n_reference")]
-    cells = dict(zip(runs, numbers))
-    steps = sorted({s for _, s, _ in runs}, reverse=True)
-    lines = [f"{args.sampler}, n = {args.n}: {' / '.join(keys)}", "",
-             f"| checkpoint | spacing | {' | '.join(map(str, steps))} |", "|---" * (2 + len(steps)) + "|"]
-    fig, axes = plt.subplots(1, len(keys), figsize=(9, 3.4), layout="constrained", squeeze=False)
-    for i, path in enumerate(args.ckpt):
-        for rule, line in zip(args.spacing, ("o-", "s--", "^:")):
-            name = folder_name(path)
-            row = [cells[path, s, rule] for s in steps]
-            lines.append(f"| {name} | {rule} | {' | '.join(' / '.join(f'{d[k]:.4g}' for k in keys) for d in row)} |")
-            for ax, key in zip(axes[0], keys):
-                ax.plot(steps, [d[key] for d in row], line, color=metrics.COLOURS[i % 7], ms=4,
-                        label=f"{name}, {rule}")
-                ax.set(xscale="log", xlabel="sampling steps", title=key.replace(" in ", "\nin "))
-    for ax in axes[0]:
-        ax.set_xticks(steps, map(str, steps))
-        ax.minorticks_off()
-        ax.grid(alpha=0.3)
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    fig.savefig(out / "steps.png", dpi=130)
-    plt.close(fig)
-    (out / "steps.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ckpt", required=True, help="a checkpoint of train.py, or a diffusers folder")
+    add("--n", type=int, default=10_000, help="number of images; FID below 10,000 is biased upwards")
+    add("--steps", type=int, help="default: ddpm 1000, ddim 100, heun 18 (noise levels)")
+    add("--spacing", default="respaced", help="ddpm: the rule for fewer steps, respaced | naive | truncated")
+    add("--out", default="samples")
+    add("--fid", action="store_true", help="FID and IS against the clean images of --data")
+    add("--png", action=argparse.BooleanOptionalAction, default=True, help="write the PNG folder")
+    add_arguments(parser)
+    args, rest = parser.parse_known_args()
+    if rest:
+        raise ValueError(f"{' '.join(rest)}: not understood; for several --ckpt, --steps or --spacing use compare.py")
+    sample_and_score({args.out: (args.ckpt, args.steps, args.spacing)}, args)
 
 
 if __name__ == "__main__":

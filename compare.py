@@ -1,0 +1,131 @@
+"""Several checkpoints, numbers of sampling steps and spacing rules: a sample of each, and all of them side by side.
+
+    python compare.py --ckpt ddpm/ckpt.pt robust/ckpt.pt --sampler ddim --steps 100 --n 64        # the figure alone: minutes
+    python compare.py --ckpt ddpm/ckpt.pt robust/ckpt.pt --steps 1000 500 300 100 50 --spacing respaced naive truncated --fid
+    torchrun --nproc-per-node 8 -- compare.py --ckpt ddpm/ckpt.pt robust/ckpt.pt --steps 1000 300 --n 50000 --fid
+
+The claim (P1 §3.3, "Faster Sampling", Table 1 right): with fewer steps of Eq. 5, Robust_adv degrades gracefully where DDPM
+collapses, most of all at 300 of 1,000. P1 does not say which steps it leaves out, and the claim hangs on that: the three
+rules of sample.ddpm_timesteps (ours) are there to find out which of them shows it; in the runs of the README, `truncated`.
+
+Leaves, for each sample, --out/NAME/ as sample.py leaves its --out, with NAME = FOLDER[-STEPS][-SPACING], the folder of the
+checkpoint and what else differs; and --out/side_by_side.png and table.csv, whose first rows are the training images, clean
+and as trained on; with several numbers of steps also steps.md and steps.png. Image i is that of sample.py with the same flags.
+"""
+
+import argparse
+import contextlib
+from pathlib import Path
+
+import matplotlib
+import torch
+from torchvision.utils import make_grid
+
+import metrics
+from data import CorruptedImages, load_images
+from sample import add_arguments, folder_name, sample_and_score
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def run_name(args, path, steps, spacing):
+    """The folder of one sample: that of the checkpoint, with what else differs between the samples."""
+    name = [folder_name(path)]
+    return "-".join(name + [str(steps or "all")] * (len(args.steps) > 1) + [spacing] * (len(args.spacing) > 1))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ckpt", required=True, nargs="+", help="checkpoints of train.py, or diffusers folders")
+    add("--n", type=int, default=10_000, help="number of images of each sample; FID below 10,000 is biased upwards")
+    add("--steps", type=int, nargs="+", default=[None], help="default: ddpm 1000, ddim 100, heun 18 (noise levels)")
+    add("--spacing", nargs="+", default=["respaced"], help="ddpm: rules for fewer steps, respaced | naive | truncated")
+    add("--out", default="samples", help="a folder for each sample, the table and the figures")
+    add("--fid", action="store_true", help="FID and IS against the clean images of --data")
+    add("--png", action=argparse.BooleanOptionalAction, default=True, help="write the PNG folders")
+    add_arguments(parser)
+    args = parser.parse_args()
+    out = Path(args.out)
+    runs = [(path, steps, spacing) for path in args.ckpt for steps in args.steps for spacing in args.spacing]
+    names = [run_name(args, *run) for run in runs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--ckpt, --steps, --spacing: two samples would share the folder {out}/{max(names, key=names.count)}; "
+                         "rename a checkpoint's folder, and give no value twice")
+    results = sample_and_score({out / name: run for name, run in zip(names, runs)}, args)
+    if results:  # under torchrun the first process has them
+        side_by_side(results, out, args)
+    if results and len(args.steps) > 1:
+        fewer_steps({run: results[out / name][1] for name, run in zip(names, runs)}, out, args)
+
+
+def training_rows(settings, size, args):
+    """[(name, images (n, 3, size, size) in [-1, 1])] of the training images: clean, and as all the checkpoints saw them."""
+    (name, p, sigma, seed, corrupt), rows = settings[0], []
+    with contextlib.suppress(ValueError):  # the set may not be on this machine; the samples' rows stand without it
+        clean, _ = load_images(args.data or name or "", size, root=args.data_root)
+        data = CorruptedImages(clean, None, p or 0, sigma or 0, seed or 0, corrupt=corrupt or "gauss")
+        index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: max(2000, args.n)]
+        rows = [("clean training images", data.clean(index))]
+        if p and len(set(settings)) == 1:
+            rows.append(("as trained on", data.batch(index)))
+    return rows
+
+
+def side_by_side(results, out, args):
+    """OUT/table.csv and side_by_side.png: the training images, then each sample. results: as of sample_and_score."""
+    samples, _, trained = zip(*results.values())
+    settings = [tuple(t.get(k) for k in ("data", "p", "sigma", "seed", "corrupt")) for t in trained]
+    training = training_rows(settings, samples[0].shape[-1], args)
+    rows = [(name, x, {"noise_level": metrics.noise_level(x).mean().item()}) for name, x in training]
+    rows += [(folder.name, x, numbers) for folder, (x, numbers, _) in results.items()]
+    columns = list(dict.fromkeys(k for _, _, d in rows for k in d))
+    lines = [",".join(["name", *columns])]
+    lines += [",".join([name, *(f"{d[k]:.4f}" if k in d else "" for k in columns)]) for name, _, d in rows]
+    (out / "table.csv").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    shown = min(32, args.n)
+    height = 0.25 + 0.55 * (1 + (shown > 16))
+    fig, axes = plt.subplots(len(rows), 1, figsize=(9, height * len(rows)), layout="constrained", squeeze=False)
+    for ax, (name, x, d) in zip(axes[:, 0], rows):
+        picture = make_grid((x[:shown].clamp(-1, 1) + 1) / 2, nrow=16, padding=1, pad_value=1)
+        ax.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+        ax.set_title(f"{name}: noise level {d['noise_level']:.3f}", fontsize=10, loc="left", pad=3)
+        ax.axis("off")
+    fig.savefig(out / "side_by_side.png", dpi=120)
+    plt.close(fig)
+
+
+def fewer_steps(numbers, out, args):
+    """OUT/steps.md and steps.png (Table 1, right): each number over the steps, for every checkpoint and spacing rule.
+
+    numbers: {(checkpoint, steps, spacing): {name: value}}
+    """
+    keys = [k for k in next(iter(numbers.values())) if k not in ("IS_std", "n_reference")]
+    titles = {"noise_level": "noise level ([-1, 1] scale)", "IS": "Inception Score"}
+    steps = sorted(args.steps, reverse=True)
+    lines = [f"{args.sampler}, n = {args.n}: {' / '.join(keys)}", "",
+             f"| checkpoint | spacing | {' | '.join(map(str, steps))} |", "|---" * (2 + len(steps)) + "|"]
+    fig, axes = plt.subplots(1, len(keys), figsize=(9, 3.4), layout="constrained", squeeze=False)
+    for i, path in enumerate(args.ckpt):
+        for spacing, line in zip(args.spacing, ("o-", "s--", "^:")):
+            name, row = folder_name(path), [numbers[path, s, spacing] for s in steps]
+            lines.append(f"| {name} | {spacing} | {' | '.join(' / '.join(f'{d[k]:.4g}' for k in keys) for d in row)} |")
+            for ax, key in zip(axes[0], keys):
+                ax.plot(steps, [d[key] for d in row], line, color=metrics.COLOURS[i % 7], ms=4, label=f"{name}, {spacing}")
+                ax.set(xscale="log", xlabel="sampling steps", title=titles.get(key, key.replace(" in ", "\nin ")))
+    for ax in axes[0]:
+        ax.set_xticks(steps, map(str, steps))
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(args.ckpt), fontsize=8,
+               frameon=False)
+    fig.savefig(out / "steps.png", dpi=130)
+    plt.close(fig)
+    (out / "steps.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    metrics.cli(main)
