@@ -17,8 +17,8 @@ Leaves --out/table.csv, table.md, bench.png and metrics.json; profile.txt if ask
 
 import argparse
 import contextlib
-import copy
 import csv
+import itertools
 import json
 import os
 import platform
@@ -36,10 +36,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import metrics
-from data import CorruptedImages, Order, load_images, seed_at
-from losses import NoiseSchedule, ddpm_loss, robust_loss
+import train
+from data import CorruptedImages, Order, load_images
+from losses import NoiseSchedule
 from sample import autocast, generate, heun_timesteps, layout, precision, setup
-from train import METHODS, RECIPES, average, memory
+from train import METHODS, RECIPES, memory
 from unet import PRESETS, UNet
 
 matplotlib.use("Agg")
@@ -51,53 +52,25 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 def draws(data, B, device, seed=0):
     """-> draw(step) -> x0, t, eps, beta, u: the batch of a step and its random numbers, (B, 3, S, S) or (B,)."""
-    size, T = data.shape[1], NoiseSchedule().T
-    order, generator = Order(len(data), seed, device), torch.Generator(device)
+    order, generator, T = Order(len(data), seed, device), torch.Generator(device), NoiseSchedule().T
 
     def draw(step):
-        generator.manual_seed(seed_at(seed, step, stream=2))
-        flip = torch.rand(B, generator=generator, device=device) < 0.5
-        t = torch.randint(T, (B,), generator=generator, device=device)
-        beta = 0.5 + 1.5 * torch.rand(B, generator=generator, device=device)
-        eps = torch.randn((B, size, size, 3), generator=generator, device=device).permute(0, 3, 1, 2)
-        u = 2 * torch.rand((B, size, size, 3), generator=generator, device=device).permute(0, 3, 1, 2) - 1
-        return data.batch(order(step * B, B), flip), t, eps, beta, u
+        flip, *numbers = train.draw_numbers(generator, seed, step, T, B, data.shape[1])
+        return data.batch(order(step * B, B), flip), *numbers
 
     return draw
 
 
-def loss_of(model, schedule, method, x0, t, eps, beta, u):
-    if method == "none":
-        return ddpm_loss(model, schedule, x0, t, eps)  # Eq. 4
-    return robust_loss(model, schedule, x0, t, eps, *METHODS[method], beta=beta, u=u)[0]  # Eq. 10
+def settings(method, amp="auto"):
+    """train.py's own for --robust `method`, but for the warm-up."""
+    return train.parse_args(["--robust", method, "--amp", amp, "--warmup", "0"])
 
 
-def training(net, device, amp="auto", backend=None, world=1, lr=2e-4):
-    """-> step(method, x0, t, eps, beta, u) -> dict(loss, grad_norm), one step on `net`; backend: that of torch.compile."""
-    cast, schedule = autocast(device, amp), NoiseSchedule().to(device)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision(device, amp) == torch.float16)
-    ema, params, done = copy.deepcopy(net).eval().requires_grad_(False), list(net.train().parameters()), 0
-    optimizer = torch.optim.Adam(params, lr=lr, fused=True)
-    model = torch.compile(net, backend=backend, dynamic=False) if backend else net
-
-    def step(method, *batch):
-        nonlocal done
-        optimizer.zero_grad(set_to_none=True)
-        with cast:
-            loss = loss_of(model, schedule, method, *batch)
-        scaler.scale(loss).backward()
-        if world > 1:
-            average([p.grad for p in params], world)
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0, foreach=True)
-        scaler.step(optimizer)
-        scaler.update()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), params, 1 - min(0.9999, (1 + done) / (10 + done)))
-        done += 1
-        return dict(loss=loss.detach(), grad_norm=grad_norm)
-
-    return step
+def training(net, device, amp="auto", backend=None, world=1):
+    """-> step(method, x0, t, eps, beta, u) -> dict(loss, .., grad_norm), one step on `net`; backend: that of torch.compile."""
+    args, done = {method: settings(method, amp) for method in METHODS}, itertools.count()
+    run = train.prepare(net.train(), args["none"], device, world, backend)
+    return lambda method, *batch: train.update(run, args[method], next(done), [batch])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,7 +122,7 @@ def rows_of(section, seconds, images, reference, **columns):
 def flops_of(net, method, batch):
     """FLOPs of the passes of one step, 2 per multiply-add of a matrix product or convolution, backward included."""
     with FlopCounterMode(display=False) as counter:
-        loss_of(net, NoiseSchedule().to(batch[0].device), method, *batch).backward()
+        train.loss_of(net, NoiseSchedule().to(batch[0].device), settings(method), *batch)[0].backward()
     net.zero_grad(set_to_none=True)
     return counter.get_total_flops()
 
@@ -468,10 +441,10 @@ def main():
 
 
 def hardware():
+    cpu = platform.processor()
     with contextlib.suppress(OSError, StopIteration):  # /proc is Linux's
         cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-        return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), cuda=torch.version.cuda)
-    return dict(cpu=platform.processor(), cores=os.cpu_count(), threads=torch.get_num_threads(), cuda=torch.version.cuda)
+    return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), cuda=torch.version.cuda)
 
 
 def write_tables(rows, out):

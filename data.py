@@ -135,7 +135,7 @@ class CorruptedImages:
 
     def batch(self, index, flip=None):
         """As `clean`, with the corruption; flip (B,) bool mirrors the already corrupted image."""
-        x0, index = self.clean(index), index.to(self.device)
+        x0, index = self.clean(index), index.to(self.device, non_blocking=True)
         if self.corrupt != "gauss":
             x0 = torch.where(self.corrupted[index].view(-1, 1, 1, 1), self._corrupt(x0, index), x0)
         elif self.sigma > 0:

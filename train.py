@@ -27,6 +27,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import torch
@@ -62,7 +63,7 @@ FIXED = ("robust p sigma corrupt drop_noisy noisy_above sigma_scale huber_c lam 
          "dropout ema flip optimizer seed amp classifier addt_guide addt_perturb").split()
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--robust", choices=[*METHODS, "addt", "ambient", "huber"], default="none",
@@ -111,38 +112,32 @@ def parse_args():
     add("--addt-guide", choices=["classifier", "mse", "none"], default="classifier", help="addt: what its delta raises; P2 "
         "fine-tunes a trained --init with --optimizer adamw --lr 2e-4 --batch-size 256 --warmup 0 for 100 epochs")
     add("--addt-perturb", choices=["rbgm", "linf"], default="rbgm", help="addt: rank-based Gaussian, or P2's ablation")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-    args.given = set(vars(parser.parse_args()))  # the flags the user typed
-    for key, value in RECIPES[args.model].items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    if args.warmup is None:
-        args.warmup = min(5000, args.iters // 10)
-    args.save_every = min(5000, max(1, args.iters // 10)) if args.save_every is None else args.save_every
-    args.sample_every = max(1, args.iters // 4) if args.sample_every is None else args.sample_every
-    args.log_every = (10 if args.model in ("tiny", "mini") else 50) if args.log_every is None else args.log_every
+    args.given = set(vars(parser.parse_args(argv)))  # the flags the user typed
+
+    def default(**values):
+        vars(args).update({key: value for key, value in values.items() if getattr(args, key) is None})
+
+    default(**RECIPES[args.model])
+    default(warmup=min(5000, args.iters // 10), save_every=min(5000, max(1, args.iters // 10)),
+            sample_every=max(1, args.iters // 4), log_every=10 if args.model in ("tiny", "mini") else 50)
     return args
 
 
 def check(args, world):
     """Refuse what cannot work before any work is done."""
-    for name, low in dict(lam=0, omega=1, gamma=0, clip_grad=0, lr=0, warmup=0, sample_every=0, noisy_above=0).items():
-        if not getattr(args, name) >= low:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be >= {low}")
-    for name in ("iters", "batch_size", "accum", "save_every", "log_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if not 0 <= args.ema < 1:
-        raise ValueError(f"--ema {args.ema}: the decay must lie in [0, 1)")
-    if not 0 <= args.p <= 1:
-        raise ValueError(f"--p {args.p}: the share of corrupted images must lie in [0, 1]")
-    if not 0 <= args.sigma < math.inf:
-        raise ValueError(f"--sigma {args.sigma}: the noise level must be >= 0")
-    for name in ("huber_c", "sigma_scale"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be > 0")
+    for what, holds, names in (
+            ("must be >= 0", lambda v: v >= 0, "lam gamma clip_grad lr warmup sample_every noisy_above"),
+            ("must be at least 1", lambda v: v >= 1, "omega iters batch_size accum save_every log_every"),
+            ("must be > 0", lambda v: 0 < v < math.inf, "huber_c sigma_scale"),
+            ("the noise level must be >= 0", lambda v: 0 <= v < math.inf, "sigma"),
+            ("the share of corrupted images must lie in [0, 1]", lambda v: 0 <= v <= 1, "p"),
+            ("the decay must lie in [0, 1)", lambda v: 0 <= v < 1, "ema")):
+        for name in names.split():
+            if not holds(value := getattr(args, name)):
+                raise ValueError(f"--{name.replace('_', '-')} {value}: {what}")
     replaced = args.corrupt in ("outliers", "class")  # a corruption without a level
     if replaced and "sigma" in args.given:
         raise ValueError(f"--sigma {args.sigma}: has no effect with --corrupt {args.corrupt}")
@@ -155,19 +150,17 @@ def check(args, world):
     if not args.resume and not replaced and (
             args.p > 0 and "sigma" not in args.given or args.sigma > 0 and "p" not in args.given):
         raise ValueError(f"--p {args.p} --sigma {args.sigma}: corruption takes both, the share and the noise level")
-    for name, users in dict(huber_c=["huber"], sigma_scale=["ambient"], noisy_above=["ambient"]).items():
-        if name in args.given and args.robust not in users and not (name == "noisy_above" and args.drop_noisy):
-            raise ValueError(f"--{name.replace('_', '-')}: has no effect with --robust {args.robust}; it is for {users[0]}")
+    users = dict(huber_c=["huber"], sigma_scale=["ambient"], noisy_above=["ambient"])
+    users |= dict.fromkeys(["classifier", "addt_guide", "addt_perturb"], ["addt"])
+    users |= dict.fromkeys("lam omega gamma ray_units objective detach".split(), [m for m in METHODS if METHODS[m]])
+    for name in sorted(args.given & users.keys()):
+        if args.robust not in users[name] and not (name == "noisy_above" and args.drop_noisy):
+            raise ValueError(f"--{name.replace('_', '-')}: has no effect with --robust {args.robust}, only with "
+                             f"{', '.join(users[name])}")
     if args.drop_noisy and args.robust == "ambient":
         raise ValueError("--drop-noisy: leaves --robust ambient nothing to do; choose one of them")
-    if args.robust in ("none", "ambient", "huber", "addt") and (
-            unused := args.given & {"lam", "omega", "gamma", "ray_units", "objective", "detach"}):
-        raise ValueError(f"--{sorted(unused)[0].replace('_', '-')}: has no effect with --robust {args.robust}; "
-                         "choose ran, adv, inv-ran or inv-adv")
     if args.robust == "addt" and not (args.init or args.resume):
         raise ValueError("--robust addt: fine-tunes a trained model; give --init PATH")
-    if args.robust != "addt" and (unused := args.given & {"classifier", "addt_guide", "addt_perturb"}):
-        raise ValueError(f"--{sorted(unused)[0].replace('_', '-')}: is for --robust addt, not {args.robust}")
     if args.robust == "addt" and (args.addt_guide == "classifier") != bool(args.classifier):
         raise ValueError(f"--addt-guide {args.addt_guide}: " + ("takes no --classifier" if args.classifier else
                          "needs --classifier PATH, a checkpoint of classifier.py; or choose mse or none"))
@@ -209,6 +202,74 @@ def build(args):
     return net
 
 
+def draw_numbers(generator, seed, step, T, B, size):
+    """All random numbers of a step, for the whole batch, so that they do not depend on how it is divided."""
+    generator.manual_seed(seed_at(seed, step, stream=2))
+    own, shape = dict(generator=generator, device=generator.device), (B, size, size, 3)
+    flip = torch.rand(B, **own) < 0.5
+    t = torch.randint(T, (B,), **own)  # t ~ U{0..T-1}
+    beta = 0.5 + 1.5 * torch.rand(B, **own)  # beta ~ U[0.5, 2]
+    eps = torch.randn(shape, **own).permute(0, 3, 1, 2)  # (B, 3, S, S), channels_last
+    u = 2 * torch.rand(shape, **own).permute(0, 3, 1, 2) - 1
+    return flip, t, eps, beta, u
+
+
+def loss_of(model, schedule, args, x0, t, eps, beta, u, y=None, sigma_y=None, classifier=None):
+    """The objective of --robust on one batch -> scalar, dict of detached scalars. y, classifier: addt; sigma_y: ambient."""
+    if args.robust == "addt":
+        return addt_loss(model, schedule, classifier, x0, y, t, eps, args.addt_guide, args.addt_perturb)
+    if METHODS.get(args.robust):
+        return robust_loss(model, schedule, x0, t, eps, *METHODS[args.robust], args.lam, args.omega, args.gamma,
+                           args.ray_units, args.objective, args.detach, beta, u)  # Eq. 10
+    if args.robust == "none":
+        name, loss = "L_DM", ddpm_loss(model, schedule, x0, t, eps)  # Eq. 4
+    elif args.robust == "ambient":
+        name, loss = "L_ambient", ambient_loss(model, schedule, x0, t, eps, sigma_y)
+    else:
+        name, loss = "L_Huber", huber_loss(model, schedule, x0, t, eps, args.huber_c)
+    return loss, {name: loss.detach()}
+
+
+def prepare(net, args, device, world=1, backend=None):
+    """What `update` works on: the network, its average and their optimizer; backend: that of torch.compile, if any."""
+    params, adam = list(net.parameters()), dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW)[args.optimizer]
+    return SimpleNamespace(
+        net=net, params=params, model=torch.compile(net, backend=backend, dynamic=False) if backend else net,
+        ema=copy.deepcopy(net).eval().requires_grad_(False), optimizer=adam(params, lr=args.lr, fused=True),
+        schedule=NoiseSchedule().to(device), world=world, cast=autocast(device, args.amp),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision(device, args.amp) == torch.float16))
+
+
+def update(run, args, step, parts, classifier=None):
+    """One step on a batch in parts, each loss_of's arguments -> scalars to log, on the device: nothing here waits for it."""
+    optimizer, scaler, logs = run.optimizer, run.scaler, []
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+    optimizer.zero_grad(set_to_none=True)
+    for part in parts:
+        with run.cast:
+            loss, terms = loss_of(run.model, run.schedule, args, *part, classifier=classifier)
+        scaler.scale(loss / len(parts)).backward()
+        logs.append(dict(loss=loss.detach(), **terms))
+    if run.world > 1:
+        average([p.grad for p in run.params], run.world)
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.params, args.clip_grad or float("inf"), foreach=True)
+    scaler.step(optimizer)
+    scaler.update()
+    with torch.no_grad():
+        torch._foreach_lerp_(list(run.ema.parameters()), run.params, 1 - min(args.ema, (1 + step) / (10 + step)))
+    return {k: sum(d[k] for d in logs) / len(parts) for k in logs[0]} | dict(grad_norm=grad_norm)
+
+
+def average(grads, world):
+    """Gradients averaged over the processes. Not DDP: its hooks expect one forward per backward, the attack adds others."""
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    parts = (flat / world).split([g.numel() for g in grads])
+    torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
+
+
 def main():
     args = parse_args()
     started = time.time()
@@ -219,8 +280,7 @@ def main():
     check(args, world)
     if path.exists() and not (args.resume or args.overwrite):
         raise ValueError(f"--out {out}: holds a checkpoint; --resume continues it, --overwrite starts again")
-    cast = autocast(device, args.amp)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision(device, args.amp) == torch.float16)
+    precision(device, args.amp)  # refuses what this device has not
     net = build(args)
     classifier = load_classifier(args.classifier).to(device) if args.classifier else None
     out.mkdir(parents=True, exist_ok=True)
@@ -245,10 +305,8 @@ def main():
 
     sigma_y, kept = None, None
     if args.robust == "ambient" or args.drop_noisy:
-        if ckpt:  # as it was: a rounding that moves one image over the threshold would change the order of all
-            sigma_y = ckpt["sigma_y"].to(device)
-        else:
-            sigma_y = args.sigma_scale * estimate_noise(data, args.noisy_above)
+        # resumed as it was: a rounding that moves one image over the threshold would change the order of all
+        sigma_y = ckpt["sigma_y"].to(device) if ckpt else args.sigma_scale * estimate_noise(data, args.noisy_above)
         if world > 1:
             dist.broadcast(sigma_y, 0)
         kept = (sigma_y == 0).nonzero().flatten().to("cpu" if data.streams else device)
@@ -257,78 +315,52 @@ def main():
                              f"{args.batch_size}; a higher --noisy-above keeps more")
 
     settings = {k: v for k, v in vars(args).items() if k not in ("given", "out", "device", "resume", "overwrite", "init")}
-    schedule = NoiseSchedule().to(device)
     net = net.to(device, memory_format=layout(device, args.amp)).train()
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    params = list(net.parameters())
-    optimizer = dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW)[args.optimizer](params, lr=args.lr, fused=True)
-    first = 0
+    compiled = device.type == "cuda" if args.compile is None else args.compile
+    run = prepare(net, args, device, world, "inductor" if compiled else None)
+    first = ckpt["step"] if ckpt else 0
     if ckpt:
-        net.load_state_dict(ckpt["model"])
-        ema.load_state_dict(ckpt["ema"])
-        optimizer.load_state_dict(ckpt["optimizer"])
-        if ckpt["scaler"] and scaler.is_enabled():
-            scaler.load_state_dict(ckpt["scaler"])
-        first = ckpt["step"]
+        run.net.load_state_dict(ckpt["model"])
+        run.ema.load_state_dict(ckpt["ema"])
+        run.optimizer.load_state_dict(ckpt["optimizer"])
+        if ckpt["scaler"]:  # it is empty unless that was fp16
+            run.scaler.load_state_dict(ckpt["scaler"])
     if world > 1:
-        for p in [*params, *ema.parameters()]:
+        for p in [*run.params, *run.ema.parameters()]:
             dist.broadcast(p.data, 0)
-    compiled = args.compile or (args.compile is None and device.type == "cuda")
-    model = torch.compile(net) if compiled else net
 
-    # One batch of the run: this process takes rows [rank B/W, (rank + 1) B/W) of it, in --accum parts.
     B, rows = args.batch_size, args.batch_size // (world * args.accum)
     order = Order(len(kept) if args.drop_noisy else len(data), args.seed, "cpu" if data.streams else device)
     generator = torch.Generator(device)
 
     def draw(step):
-        """All random numbers of a step, for the whole batch, so that they do not depend on how it is divided."""
-        generator.manual_seed(seed_at(args.seed, step, stream=2))
-        flip = torch.rand(B, generator=generator, device=device) < (0.5 if args.flip else 0)
-        t = torch.randint(schedule.T, (B,), generator=generator, device=device)  # t ~ U{0..T-1}
-        beta = 0.5 + 1.5 * torch.rand(B, generator=generator, device=device)  # beta ~ U[0.5, 2]
-        eps = torch.randn((B, size, size, 3), generator=generator, device=device).permute(0, 3, 1, 2)
-        u = 2 * torch.rand((B, size, size, 3), generator=generator, device=device).permute(0, 3, 1, 2) - 1
+        """The batch of a step: this process takes rows [rank B/W, (rank + 1) B/W) of it, in --accum parts."""
+        flip, *numbers = draw_numbers(generator, args.seed, step, run.schedule.T, B, size)
         parts = []
-        for i in range(args.accum):
-            mine = slice((rank * args.accum + i) * rows, (rank * args.accum + i + 1) * rows)
+        for i in range(rank * args.accum, (rank + 1) * args.accum):
+            mine = slice(i * rows, (i + 1) * rows)
             index = order(step * B + mine.start, rows)
             index = kept[index] if args.drop_noisy else index
-            x0 = data.batch(index, flip[mine])
-            y = data.labels[index.to(device)] if classifier else None
-            noise = sigma_y[index.to(device)] if args.robust == "ambient" else None
-            parts.append((x0, t[mine], eps[mine], beta[mine], u[mine], y, noise))
+            x0 = data.batch(index, flip[mine] if args.flip else None)
+            index = index.to(device, non_blocking=True)
+            y = data.labels[index] if classifier else None
+            noise = sigma_y[index] if args.robust == "ambient" else None
+            parts.append((x0, *(v[mine] for v in numbers), y, noise))
         return parts
-
-    def loss_of(x0, t, eps, beta, u, y, noise):
-        if args.robust == "addt":
-            return addt_loss(model, schedule, classifier, x0, y, t, eps, args.addt_guide, args.addt_perturb)
-        if args.robust == "none":
-            loss = ddpm_loss(model, schedule, x0, t, eps)  # Eq. 4
-            return loss, dict(L_DM=loss.detach())
-        if args.robust == "ambient":
-            loss = ambient_loss(model, schedule, x0, t, eps, noise)
-            return loss, dict(L_ambient=loss.detach())
-        if args.robust == "huber":
-            loss = huber_loss(model, schedule, x0, t, eps, args.huber_c)
-            return loss, dict(L_Huber=loss.detach())
-        perturb, constraint = METHODS[args.robust]
-        return robust_loss(model, schedule, x0, t, eps, perturb, constraint, args.lam, args.omega, args.gamma,
-                           args.ray_units, args.objective, args.detach, beta, u)  # Eq. 10
 
     def save(step):
         nonlocal saved
         saved = True
         if rank == 0:
             save_checkpoint(path, dict(
-                kind="unet", config=net.config, image_size=size, step=step, model=net.state_dict(), ema=ema.state_dict(),
-                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), args=settings,
+                kind="unet", config=net.config, image_size=size, step=step, model=net.state_dict(),
+                ema=run.ema.state_dict(), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(), args=settings,
                 sigma_y=None if sigma_y is None else sigma_y.cpu()))
 
     def grid(step):
         if rank == 0:
-            with cast:
-                x0 = generate(ema, schedule, range(64), data.shape, args.seed, device, "ddim", steps=50)
+            with run.cast:
+                x0 = generate(run.ema, run.schedule, range(64), data.shape, args.seed, device, "ddim", steps=50)
             save_grid(x0, out / f"grid{step:07d}.png")
             (out / "grid.png").write_bytes((out / f"grid{step:07d}.png").read_bytes())
 
@@ -346,18 +378,16 @@ def main():
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 
+    log_path = out / "metrics.jsonl"
     if rank == 0:
-        n_params = sum(p.numel() for p in params) / 1e6
-        print(f"{args.robust}: {n_params:.1f} M parameters, {len(data)} images {size}x{size} of {args.data}, "
-              f"{int(data.corrupted.sum())} with {args.corrupt}{f' {args.sigma}' * (args.sigma > 0)}, "
-              f"{device} x {world}, steps {first}..{args.iters} -> {out}")
+        print(f"{args.robust}: {sum(p.numel() for p in run.params) / 1e6:.1f} M parameters, {len(data)} images "
+              f"{size}x{size} of {args.data}, {int(data.corrupted.sum())} with {args.corrupt}"
+              f"{f' {args.sigma}' * (args.sigma > 0)}, {device} x {world}, steps {first}..{args.iters} -> {out}")
         if sigma_y is not None:
             print(f"{len(data) - len(kept)} images are judged noisy" + (", and left out" if args.drop_noisy else
                   f", with sigma_y {sigma_y.sum() / max(1, len(data) - len(kept)):.3f} on average"))
         if device.type == "cpu" and args.model.startswith("ddpm"):
             print("note: this network takes days on a CPU; --model tiny --image-size 16 takes minutes")
-    log_path = out / "metrics.jsonl"
-    if rank == 0:
         old = read_log(log_path) if first else []
         log_path.with_suffix(".tmp").write_text("".join(json.dumps(d) + "\n" for d in old if d["step"] <= first))
         os.replace(log_path.with_suffix(".tmp"), log_path)
@@ -366,14 +396,13 @@ def main():
 
     def flush(step):
         """One host sync for many steps: check the losses, write a line."""
-        nonlocal window_start
         names = list(pending[0])
         values = torch.stack([torch.stack([d[k].float() for k in names]) for d in pending])  # (steps, names)
         if world > 1:
             dist.all_reduce(values)
             values /= world
         values = values.tolist()
-        if scaler.is_enabled():  # fp16: the scaler skips steps whose gradients overflow
+        if run.scaler.is_enabled():  # fp16: the scaler skips steps whose gradients overflow
             values = [[0.0 if k == "grad_norm" and not math.isfinite(x) else x for k, x in zip(names, v)] for v in values]
         bad = [i for i, v in enumerate(values) if not all(map(math.isfinite, v))]
         if bad:
@@ -381,9 +410,7 @@ def main():
             sys.exit(f"train.py: the loss or gradient of step {step - len(pending) + bad[0] + 1} is not finite; {last}. "
                      "Try a lower --lr, or --amp bf16 or fp32")
         line = {k: sum(v[i] for v in values) / len(values) for i, k in enumerate(names)}
-        now = time.time()
-        line = dict(step=step, **line, img_per_s=len(pending) * B / (now - window_start), memory_gb=memory(device))
-        window_start = now
+        line = dict(step=step, **line, img_per_s=len(pending) * B / (time.time() - window_start), memory_gb=memory(device))
         pending.clear()
         if rank == 0:
             with log_path.open("a") as f:
@@ -402,37 +429,18 @@ def main():
                 parts = draw(step)
             if args.dropout > 0 or args.robust == "addt":  # ADDT draws as it goes: equal for equal --accum and processes
                 torch.manual_seed(seed_at(args.seed, step, stream=3 + rank))
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
-            optimizer.zero_grad(set_to_none=True)
-            logs = []
-            for part in parts:
-                with cast:
-                    loss, terms = loss_of(*part)
-                scaler.scale(loss / args.accum).backward()
-                logs.append(dict(loss=loss.detach(), **terms))
-            if world > 1:
-                average([p.grad for p in params], world)
-            scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(params, args.clip_grad or float("inf"), foreach=True)
-            scaler.step(optimizer)
-            scaler.update()
-            decay = min(args.ema, (1 + step) / (10 + step))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), params, 1 - decay)
-
+            pending.append(update(run, args, step, parts, classifier))
             step += 1
-            pending.append({k: sum(d[k] for d in logs) / args.accum for k in logs[0]} | dict(grad_norm=grad_norm))
             bar.update()
+            save_due = step % args.save_every == 0
             grid_due = args.sample_every and step % args.sample_every == 0 and step < args.iters
-            if step % args.log_every == 0 or step % args.save_every == 0 or grid_due or step == args.iters:
+            if step % args.log_every == 0 or save_due or grid_due or step == args.iters:
                 flush(step)  # before saving: a checkpoint never holds the result of a non-finite loss
-            if step % args.save_every == 0:
-                save(step)
+                if save_due:
+                    save(step)
+                if grid_due:
+                    grid(step)
                 window_start = time.time()  # img/s is that of training alone
-            if grid_due:
-                grid(step)
-                window_start = time.time()
         if pending:
             flush(step)
         if step % args.save_every or step == first:
@@ -463,14 +471,6 @@ def estimate_noise(data, above):
     for index in tqdm(parts, "estimate the noise", leave=False, disable=len(parts) == 1):
         sigma[index] = metrics.noise_mad(data.batch(index))
     return torch.where(sigma > above, sigma, 0)
-
-
-def average(grads, world):
-    """Gradients averaged over the processes. Not DDP: its hooks expect one forward per backward, the attack adds others."""
-    flat = torch.cat([g.flatten() for g in grads])
-    dist.all_reduce(flat)
-    parts = (flat / world).split([g.numel() for g in grads])
-    torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
 
 
 def read_log(path):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from cli import call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import metrics
 import sample
@@ -232,7 +233,6 @@ def test_sample_refuses_bad_input(capsys, tmp_path, checkpoint):
     assert "--n 0" in refuse("--ckpt", good, "--n", 0)
     assert "--steps 0" in refuse("--ckpt", good, "--steps", 0)
     assert "--steps 0" in refuse("--ckpt", good, "--steps", 0, "--sampler", "ddim")
-    assert "share the folder" in refuse("--ckpt", good, good)
     assert "--device mps" in bad(capsys, sample, "--ckpt", good, "--device", "mps")
     assert "--steps 1001" in refuse("--ckpt", good, "--steps", 1001, "--sampler", "ddim")
     assert "--spacing naive" in refuse("--ckpt", good, "--spacing", "naive", "--sampler", "ddim")
@@ -242,19 +242,6 @@ def test_sample_refuses_bad_input(capsys, tmp_path, checkpoint):
     assert "truncated" in refuse("--ckpt", tmp_path / "short.pt")
     assert "no config.json" in refuse("--ckpt", tmp_path)
     assert "no such file" in refuse("--ckpt", good, "--n", 4, "--fid", "--inception-weights", tmp_path / "none.pth")
-
-
-def test_several_samples_in_one_call(checkpoint, tmp_path):
-    assert call(sample, "--ckpt", checkpoint / "ckpt.pt", "--n", 20, "--steps", 2, 4, "--spacing", "respaced", "naive",
-                "truncated", "--device", "cpu", "--no-png", "--out", tmp_path) == 0
-    lines = (tmp_path / "table.csv").read_text().splitlines()
-    assert len(lines) == 1 + 2 + 6 and lines[1].startswith("training images, clean") and lines[2].startswith("as trained on")
-    assert (tmp_path / "side_by_side.png").exists()
-    assert len(list(tmp_path.glob("*/samples.npz"))) == 6
-    rows = [line.split("|") for line in (tmp_path / "steps.md").read_text().splitlines()[4:]]
-    assert [row[2].strip() for row in rows] == ["respaced", "naive", "truncated"] and (tmp_path / "steps.png").exists()
-    value = next(line for line in lines if line.split(",")[0].endswith("-4-naive")).split(",")[1]
-    assert float(rows[1][3]) == pytest.approx(float(value), rel=1e-3)  # 4 steps before 2
 
 
 def test_full_disk_keeps_the_previous_checkpoint(capsys, tmp_path, checkpoint, monkeypatch):
@@ -346,17 +333,24 @@ def test_train_refuses_senseless_rivals(capsys, tmp_path):
     assert not (tmp_path / "o" / "ckpt.pt").exists()
 
 
-def test_addt_resumes_bit_for_bit_and_needs_its_classifier(checkpoint, tmp_path, capsys, monkeypatch):
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory):
+    """Untrained ones of 3 and of 10 classes."""
     from classifier import WideResNet
     from unet import save_checkpoint
 
-    monkeypatch.setattr(train, "generate", lambda *args, **kw: torch.zeros(64, 3, 8, 8))
+    out = tmp_path_factory.mktemp("classifiers")
     torch.manual_seed(0)
     for classes in (3, 10):
         net = WideResNet(10, 1, classes)
-        save_checkpoint(tmp_path / f"{classes}.pt", dict(kind="classifier", config=net.config, model=net.state_dict()))
+        save_checkpoint(out / f"{classes}.pt", dict(kind="classifier", config=net.config, model=net.state_dict()))
+    return out
+
+
+def test_addt_resumes_bit_for_bit_and_needs_its_classifier(checkpoint, classifiers, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "generate", lambda *args, **kw: torch.zeros(64, 3, 8, 8))
     addt = [*SMALL, "--robust", "addt", "--init", checkpoint / "ckpt.pt", "--warmup", 0, "--optimizer", "adamw"]
-    guided = [*addt, "--classifier", tmp_path / "10.pt"]
+    guided = [*addt, "--classifier", classifiers / "10.pt"]
     assert call(train, *guided, "--iters", 4, "--out", tmp_path / "whole") == 0
     torch.rand(7)  # the global generator's state must not matter
     assert call(train, *guided, "--iters", 2, "--out", tmp_path / "parts") == 0
@@ -369,10 +363,10 @@ def test_addt_resumes_bit_for_bit_and_needs_its_classifier(checkpoint, tmp_path,
 
     capsys.readouterr()
     for message, args in {"needs --classifier PATH": addt, "takes no --classifier": [*guided, "--addt-guide", "none"],
-                          "--lam: has no effect": [*guided, "--lam", 1], "--addt-guide: is for --robust addt":
+                          "--lam: has no effect": [*guided, "--lam", 1], "--addt-guide: has no effect":
                           [*SMALL, "--addt-guide", "mse"], "no such checkpoint": [*addt, "--classifier", tmp_path / "no.pt"],
                           "holds no classifier": [*addt, "--classifier", checkpoint / "ckpt.pt"],
-                          "knows 3 classes": [*addt, "--classifier", tmp_path / "3.pt"]}.items():
+                          "knows 3 classes": [*addt, "--classifier", classifiers / "3.pt"]}.items():
         assert message in bad(capsys, train, *args, "--iters", 1, "--out", tmp_path / "o")
     from PIL import Image
 
@@ -383,3 +377,42 @@ def test_addt_resumes_bit_for_bit_and_needs_its_classifier(checkpoint, tmp_path,
     train.load_images(flat, 8, root=tmp_path)  # decodes, with a bar on stderr
     capsys.readouterr()
     assert "has no labels" in bad(capsys, train, *guided, "--data", flat, "--data-root", tmp_path, "--out", tmp_path / "o")
+
+
+class Waits(TorchDispatchMode):
+    """Notes in `found` each operator that makes the host wait for a GPU: one that reads a value, whose output has a size that
+    depends on values, that takes a mask as index, or that makes a tensor of Python's numbers (a copy of pageable memory).
+
+    It sees no calls from within kernels. There is one on a CPU, where fused Adam reads its step counters.
+    """
+
+    NAMES = ("_local_scalar_dense is_nonzero equal nonzero masked_select _unique2 unique_dim unique_consecutive "
+             "lift_fresh").split()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masked = "index" in name and isinstance(args[1], (list, tuple)) and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        if name in self.NAMES or masked or str(func) == "aten.repeat_interleave.Tensor":
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("flags", [
+    "none --corrupt blur --p 0.9 --sigma 1", "ran --drop-noisy --p 0.5 --sigma 0.3", "adv --accum 2 --p 0.9 --sigma 0.2",
+    "inv-adv --corrupt patch --p 0.9 --sigma 0.5", "ambient --corrupt salt-pepper --p 0.9 --sigma 0.2",
+    "huber --corrupt outliers --p 0.9", "addt --init CHECKPOINT --classifier CLASSIFIER"])
+def test_step_never_waits_for_the_device(flags, checkpoint, classifiers, tmp_path, monkeypatch, no_pictures):
+    """From the first draw of a run to its last: two whole rounds of the loop, the draws, the update and what is logged."""
+    waits, starts, draw_numbers = Waits(), [], train.draw_numbers
+    waits.found = found = []
+    monkeypatch.setattr(train, "draw_numbers", lambda *args: starts.append(len(found)) or draw_numbers(*args))
+    for name in ("cpu", "numpy", "tolist"):  # no operators where the tensor is on a CPU
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *args, name=name, real=real: found.append(name) or real(*args))
+    flags = flags.replace("CHECKPOINT", f"{checkpoint}/ckpt.pt").replace("CLASSIFIER", f"{classifiers}/10.pt").split()
+    args = [*SMALL, "--log-every", 9, "--save-every", 9, "--iters", 3, "--out", tmp_path, "--robust", *flags]
+    with waits:
+        assert call(train, *args) == 0
+    assert len(starts) == 3 and found[starts[0] : starts[2]] == []
+    assert "_local_scalar_dense" in found[: starts[0]] and "tolist" in found[starts[2] :]  # it sees those before and after
