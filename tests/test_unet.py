@@ -1,5 +1,6 @@
 """The U-Net against diffusers' UNet2DModel, its files and its failure modes."""
 
+import copy
 import errno
 import json
 import pickle
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unet import PRESETS, UNet, load_checkpoint, save_checkpoint
+from unet import PRESETS, Attention, UNet, load_checkpoint, save_checkpoint
 
 CONFIG = dict(
     sample_size=32, in_channels=3, out_channels=3, layers_per_block=2, block_out_channels=(128, 256, 256, 256),
@@ -153,6 +154,18 @@ def test_channels_last_is_the_same():
         expected = net(x, t)
         net = net.to(memory_format=torch.channels_last)
         torch.testing.assert_close(net(x.to(memory_format=torch.channels_last), t), expected, rtol=0, atol=1e-5)
+
+
+def test_bf16_attention_is_the_same():
+    """The CPU's own formula for bf16 against PyTorch's attention in float64; scores of about +-2 make the scale matter."""
+    torch.manual_seed(0)
+    attn, x = Attention(64, 8), torch.randn(2, 64, 6, 6)
+    torch.nn.init.normal_(attn.out.weight, std=0.2)
+    attn.qkv.weight.data[:128] *= 1.5
+    expected = copy.deepcopy(attn).double()(x.double()) - x
+    with torch.autocast("cpu", torch.bfloat16):
+        got = attn(x) - x
+    assert (got - expected).abs().mean() < 0.015 * expected.abs().mean()
 
 
 def test_float64_input_and_network():
