@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 import metrics
 import sample
-from data import image_noise, load_images
+from data import image_noise, load_images, to_float
 from losses import NoiseSchedule, _frozen, like
 from sample import ddim_step, ddim_timesteps, ddpm_step, ddpm_timesteps
 
@@ -301,7 +301,7 @@ def main():
 def score(images, rows, kind, args, scorer, data, device):
     """The numbers of one sample (n, S, S, 3) uint8; change_abs and change_rms are |x - x unattacked| per pixel of [-1, 1]."""
     change_abs, change_square = rows[:, -3:-1].mean(0).tolist()
-    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    x = to_float(torch.from_numpy(images))
     numbers = dict(noise_level=metrics.noise_level(x).mean().item(), change_abs=change_abs, change_rms=change_square**0.5)
     if args.fid:
         numbers |= sample.evaluate(images, args, scorer, data, device)

@@ -62,7 +62,7 @@ def draws(data, B, device, seed=0):
 
 
 def settings(method, amp="auto"):
-    """train.py's own for --robust `method`, but for the warm-up."""
+    """train.py's own for --robust `method` and --model ddpm, without the warm-up."""
     return train.parse_args(["--robust", method, "--amp", amp, "--warmup", "0"])
 
 

@@ -32,7 +32,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 def run_name(args, path, steps, spacing):
     """The folder of one sample: that of the checkpoint, with what else differs between the samples."""
     name = [folder_name(path)]
-    return "-".join(name + [str(steps or "all")] * (len(args.steps) > 1) + [spacing] * (len(args.spacing) > 1))
+    return "-".join(name + [str(steps)] * (len(args.steps) > 1) + [spacing] * (len(args.spacing) > 1))
 
 
 def main():
@@ -58,6 +58,11 @@ def main():
         side_by_side(results, out, args)
     if results and len(args.steps) > 1:
         fewer_steps({run: results[out / name][1] for name, run in zip(names, runs)}, out, args)
+
+
+def pictures(x, nrow):
+    """x (n, 3, S, S) in [-1, 1], cut to it -> one picture (H, W, 3) for imshow, nrow in a row."""
+    return make_grid((x.clamp(-1, 1) + 1) / 2, nrow=nrow, padding=1, pad_value=1).permute(1, 2, 0).numpy()
 
 
 def training_rows(settings, size, args):
@@ -89,8 +94,7 @@ def side_by_side(results, out, args):
     height = 0.25 + 0.55 * (1 + (shown > 16))
     fig, axes = plt.subplots(len(rows), 1, figsize=(9, height * len(rows)), layout="constrained", squeeze=False)
     for ax, (name, x, d) in zip(axes[:, 0], rows):
-        picture = make_grid((x[:shown].clamp(-1, 1) + 1) / 2, nrow=16, padding=1, pad_value=1)
-        ax.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+        ax.imshow(pictures(x[:shown], nrow=16), interpolation="nearest")
         ax.set_title(f"{name}: noise level {d['noise_level']:.3f}", fontsize=10, loc="left", pad=3)
         ax.axis("off")
     fig.savefig(out / "side_by_side.png", dpi=120)

@@ -78,6 +78,12 @@ CORRUPTIONS = {  # what becomes of a corrupted image, fixed per image; all but g
     "patch": "a square of one random colour and side SIGMA x S, anywhere",
     "class": "replaced by a synthetic butterfly",
 }
+FOREIGN = 4096  # different butterflies, at most: image i is replaced by number i % FOREIGN
+
+
+def to_float(x):
+    """uint8 (B, S, S, 3) -> (B, 3, S, S) float32 in [-1, 1], channels_last."""
+    return x.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class CorruptedImages:
@@ -110,8 +116,8 @@ class CorruptedImages:
             budget = torch.cuda.mem_get_info(self.device)[0] // 4 if self.device.type == "cuda" else 4 << 30
         self.streams = images.nbytes > budget
         self.images = images if self.streams else torch.from_numpy(np.array(images)).to(self.device)
-        if corrupt == "class" and len(chosen):  # each is used several times where more than 4096 images are corrupted
-            self.foreign = torch.from_numpy(synthetic_butterflies(min(4096, n), images.shape[1], seed=2)[0]).to(self.device)
+        if corrupt == "class" and len(chosen):
+            self.foreign = torch.from_numpy(synthetic_butterflies(min(FOREIGN, n), images.shape[1], seed=2)[0]).to(self.device)
         self._noise = image_noise
         if self.device.type == "cuda":  # one fused kernel instead of a hundred
             self._noise = torch.compile(image_noise, dynamic=False)
@@ -131,7 +137,7 @@ class CorruptedImages:
             pixels = pixels.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else pixels
         else:
             pixels = self.images[index]
-        return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        return to_float(pixels)
 
     def batch(self, index, flip=None):
         """As `clean`, with the corruption; flip (B,) bool mirrors the already corrupted image."""
@@ -149,7 +155,7 @@ class CorruptedImages:
         """All of x0 (B, 3, S, S) corrupted by a kind other than gauss."""
         s, kind = x0.shape[-1], self.corrupt
         if kind == "class":
-            return self.foreign[index % len(self.foreign)].permute(0, 3, 1, 2).float() / 127.5 - 1
+            return to_float(self.foreign[index % len(self.foreign)])
         if kind == "blur":
             radius = min(math.ceil(3 * self.sigma), s - 1)  # as far as the image can be mirrored at its edges
             return torchvision.transforms.functional.gaussian_blur(x0, 2 * radius + 1, self.sigma) if radius else x0

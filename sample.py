@@ -24,7 +24,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import metrics
-from data import image_noise, load_images
+from data import image_noise, load_images, to_float
 from losses import NoiseSchedule, like, posterior_mean, predict_x0
 from unet import UNet, load_checkpoint
 
@@ -173,7 +173,7 @@ def setup(device):
     """--device auto | cpu | cuda | cuda:N -> (device, rank, world); under torchrun, joins the process group."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+    if not re.fullmatch(r"cpu|cuda(:\d\d?)?", device):
         raise ValueError(f"--device {device}: need auto, cpu, cuda or cuda:N")
     device = torch.device(device)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -236,11 +236,10 @@ def save_grid(x, path):
 def save_sample(images, out, png):
     """OUT/samples.npz, grid.png and, if png, images/*.png of images (n, S, S, 3) uint8 -> x (n, 3, S, S) in [-1, 1]."""
     (out / "images").mkdir(parents=True, exist_ok=True)
-    x = torch.from_numpy(images).permute(0, 3, 1, 2)
-    for i in range(len(x) if png else 0):
-        write_png(x[i], str(out / "images" / f"{i:06d}.png"), compression_level=1)
+    for i in range(len(images) if png else 0):
+        write_png(torch.from_numpy(images[i]).permute(2, 0, 1), str(out / "images" / f"{i:06d}.png"), compression_level=1)
     np.savez_compressed(out / "samples.npz", images=images)
-    x = x / 127.5 - 1
+    x = to_float(torch.from_numpy(images))
     save_grid(x, out / "grid.png")
     return x
 
@@ -365,10 +364,11 @@ def sample_and_score(runs, args):
     models = {path: load_model(path, args, device) for path in {path: None for path, _, _ in runs.values()}}
     Path(args.out).mkdir(parents=True, exist_ok=True)
     scorer, results = None, {}
-    if args.fid and rank == 0:  # before the sampling, so that a missing set or network costs no work
-        scorer = features_network(args.features, args.inception_weights)
+    if (args.fid or args.data) and rank == 0:  # before the sampling, so that a missing set or network costs no work
         for _, size, trained in models.values():
             load_images(reference_name(args, trained), size, root=args.data_root)
+    if args.fid and rank == 0:
+        scorer = features_network(args.features, args.inception_weights)
         if args.n < 10_000:
             print(f"note: n = {args.n}; distances and IS from fewer than 10,000 images do not compare with published ones")
     for out, (path, _, _) in runs.items():

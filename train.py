@@ -129,9 +129,12 @@ def parse_args(argv=None):
 def check(args, world):
     """Refuse what cannot work before any work is done."""
     for what, holds, names in (
-            ("must be >= 0", lambda v: v >= 0, "lam gamma clip_grad lr warmup sample_every noisy_above"),
-            ("must be at least 1", lambda v: v >= 1, "omega iters batch_size accum save_every log_every"),
+            ("must be at least 1", lambda v: v >= 1, "iters batch_size accum save_every log_every omega"),
+            ("must be >= 0", lambda v: v >= 0, "clip_grad warmup sample_every noisy_above"),
+            ("must be >= 0 and finite", lambda v: 0 <= v < math.inf, "lam gamma lr"),
             ("must be > 0", lambda v: 0 < v < math.inf, "huber_c sigma_scale"),
+            ("must lie in [0, 1]", lambda v: v is None or 0 <= v <= 1, "dropout"),
+            ("must lie in 0..2^63 - 1", lambda v: 0 <= v < 2**63, "seed"),
             ("the noise level must be >= 0", lambda v: 0 <= v < math.inf, "sigma"),
             ("the share of corrupted images must lie in [0, 1]", lambda v: 0 <= v <= 1, "p"),
             ("the decay must lie in [0, 1)", lambda v: 0 <= v < 1, "ema")):

@@ -6,12 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 import reproduce
-from data import synthetic_butterflies
 
 ROOT = Path(reproduce.__file__).parent
 
@@ -67,35 +64,6 @@ def test_table_verdicts(tmp_path):
                        "adv-0.9-0.1": "not run", "ran-0.9-0.1": "not run"}
     assert "102.7 / 4.19" in lines[2] and "90 / 2" in lines[2] and "0.100" in lines[2]
     assert (tmp_path / "results/records/adv-0-ddpm.json").exists()
-
-
-def test_rivals(tmp_path, monkeypatch):
-    """The share judged faulty is that of the samples; each method and seed has its own cell; p and sigma reach train.py."""
-    monkeypatch.setattr(reproduce, "FAULTS", [(0.9, "gauss", 0.2, 1), (0.3, "outliers", 0, 0)])
-
-    class Roughness(torch.nn.Module):
-        def forward(self, x):
-            return (x.float() / 255).diff(dim=3).square().mean((2, 3)), x[:, 0, 0]
-
-    monkeypatch.setattr(reproduce, "features_network", lambda *a: (Roughness(), "FID", ""))
-    args = arguments(tmp_path, "rivals", data="synthetic:300")
-    todo = reproduce.commands(args)
-    names = [name for name, *_ in reproduce.rival_cells(0)]
-    assert len(names) == len(set(names)) == 2 + 3 * len(reproduce.RIVALS) + 2
-    flags = {done.parent.name: " ".join(argv) for done, argv in todo if argv[0] == "train.py"}
-    assert "--drop-noisy --p 0.9 --sigma 0.2 " in flags["drop-0.9-0.2-seed1"] and "--seed 1 " in flags["drop-0.9-0.2-seed1"]
-    assert "--robust adv --p 0.3 --corrupt outliers --model" in flags["adv-0.3-outliers"]
-    clean = synthetic_butterflies(20, 16)[0]
-    for k, (done, _) in enumerate(todo):
-        record(done, FID=float(k), noise_level=0.1, n=20)
-        wild = np.random.default_rng(0).integers(0, 256, clean.shape, dtype=np.uint8)
-        wild[15:] = clean[15:]
-        np.savez(done.parent / "samples.npz", images=wild if "none-0.3" in str(done) else clean)
-    lines = reproduce.rivals(args, todo)
-    found, none, ran = (cell.split("/") for cell in lines[-3].split("|")[2:5])
-    assert lines[-3].startswith("| outliers, p = 0.3") and found == [" 0.00, 1.00, 0.00 "]
-    assert float(none[2]) == 0.75 and float(ran[2]) == 0 and int(float(ran[0])) == int(float(none[0])) + 2
-    assert (tmp_path / "results/rivals.png").exists() and (tmp_path / "results/rivals_samples.png").exists()
 
 
 def test_stops_and_continues(tmp_path):

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import metrics
 import sample
 import train
+from data import CorruptedImages, Order, load_images
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--model tiny --image-size 8 --data synthetic:64 --batch-size 8 --device cpu --sample-every 0 --log-every 1".split()
@@ -201,6 +202,9 @@ def test_train_refuses_bad_input(capsys, tmp_path, checkpoint):
     assert "--p 1.5" in refuse("--p", 1.5, "--sigma", 0.2)
     assert "--sigma -0.1" in refuse("--p", 0.5, "--sigma", -0.1)
     assert "--p 0.9" in refuse("--p", 0.9)
+    assert "--lr inf" in refuse("--lr", "inf") and "--lr nan" in refuse("--lr", "nan")
+    assert "--dropout 2" in refuse("--dropout", 2) and "--iters -5" in refuse("--iters", -5)
+    assert "--seed -1" in refuse("--seed", -1)
     assert "no such folder" in refuse("--data", "folder:/nowhere")
     (tmp_path / "empty").mkdir()
     assert "holds no images" in refuse("--data", f"folder:{tmp_path}/empty")
@@ -331,6 +335,72 @@ def test_train_refuses_senseless_rivals(capsys, tmp_path):
     assert "--sigma 2" in refuse("--corrupt", "patch", "--p", 0.5, "--sigma", 2)
     assert "--corrupt class" in refuse("--corrupt", "class", "--p", 0.5)
     assert not (tmp_path / "o" / "ckpt.pt").exists()
+
+
+def test_draw_numbers_have_their_distributions():
+    """t uniform on 0..T-1, beta on [0.5, 2], u on [-1, 1], eps standard normal, half the images mirrored; new in each step."""
+    g, n = torch.Generator(), 4000
+    flip, t, eps, beta, u = train.draw_numbers(g, 5, 7, 1000, n, 8)
+    assert abs(flip.double().mean() - 0.5) < 0.04 and t.min() >= 0 and t.max() <= 999
+    for x, low, high in ((t.double(), 0, 999), (beta.double(), 0.5, 2), (u.double().flatten(), -1, 1)):
+        x = ((x - low) / (high - low)).sort().values
+        assert (x - torch.linspace(0, 1, len(x), dtype=torch.float64)).abs().max() < 1.95 / len(x) ** 0.5  # Kolmogorov, 0.1 %
+    assert eps.shape == u.shape == (n, 3, 8, 8) and abs(eps.mean()) < 0.005 and abs(eps.var() - 1) < 0.01
+    assert abs(eps.double().pow(4).mean() - 3) < 0.06
+    again, other = (train.draw_numbers(g, 5, step, 1000, n, 8) for step in (7, 8))
+    assert torch.equal(eps, again[2]) and not torch.equal(eps, other[2]) and (t != other[1]).float().mean() > 0.99
+
+
+def test_no_flip_mirrors_nothing(tmp_path, monkeypatch, no_pictures):
+    """The batch is then what the set gives without flips; by default about half of it is mirrored."""
+    batches, real = {}, train.loss_of
+    for flag in ("--flip", "--no-flip"):
+        monkeypatch.setattr(train, "loss_of", lambda *a, flag=flag, **kw: batches.update({flag: a[3]}) or real(*a, **kw))
+        assert call(train, *SMALL, *NOISY, "--batch-size", 64, "--iters", 1, flag, "--out", tmp_path / flag) == 0
+    same = (batches["--flip"] == batches["--no-flip"]).flatten(1).all(1)
+    mirrored = (batches["--flip"].flip(3) == batches["--no-flip"]).flatten(1).all(1)
+    assert (same | mirrored).all() and 12 < same.sum() < 52  # a clean butterfly is its own mirror image
+    images, _ = load_images("synthetic:64", 8)
+    data = CorruptedImages(images, None, 0.9, 0.2, 0)
+    assert torch.equal(batches["--no-flip"], data.batch(Order(64, 0)(0, 64)))
+
+
+def test_update_is_adam_with_warmup_clipping_and_a_ramped_average():
+    """Three steps on eps_theta = w x_t, two of them clipped, against Adam (Kingma & Ba, Alg. 1) written out."""
+    class Scale(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor([0.3, -0.7], dtype=torch.float64))
+
+        def forward(self, x, t):
+            return self.w[:, None, None] * x
+
+    net, args = Scale(), train.parse_args("--lr 0.1 --warmup 2 --clip-grad 0.4 --ema 0.2 --robust none".split())
+    run, abar = train.prepare(net, args, torch.device("cpu")), train.NoiseSchedule().alphas_bar
+    w, mean, square, average = np.array([0.3, -0.7]), 0.0, 0.0, np.array([0.3, -0.7])
+    clipped = []
+    for step, size in enumerate((1.0, 0.1, 2.0)):
+        g = torch.Generator().manual_seed(step)
+        x0, eps = (size * torch.randn(6, 2, 2, 2, dtype=torch.float64, generator=g) for _ in range(2))
+        t = torch.randint(1000, (6,), generator=g)
+        parts = [(x0[i : i + 3], t[i : i + 3], eps[i : i + 3], None, None) for i in (0, 3)]
+        logged = train.update(run, args, step, parts)
+        a = abar[t].view(-1, 1, 1, 1)
+        x, e = (v.transpose(0, 1).flatten(1).numpy() for v in (a.sqrt() * x0 + (1 - a).sqrt() * eps, eps))
+        r = w[:, None] * x - e
+        grad = (2 * r * x).sum(1) / r.size
+        norm = np.linalg.norm(grad)
+        clipped.append(norm > 0.4)
+        assert float(logged["loss"]) == pytest.approx((r**2).mean()) and float(logged["grad_norm"]) == pytest.approx(norm)
+        grad = grad * min(1, 0.4 / (norm + 1e-6))
+        mean, square = 0.9 * mean + 0.1 * grad, 0.999 * square + 0.001 * grad**2
+        k, lr = step + 1, 0.1 * min(1, (step + 1) / 2)
+        w = w - lr * (mean / (1 - 0.9**k)) / (np.sqrt(square / (1 - 0.999**k)) + 1e-8)
+        decay = min(0.2, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * w
+        np.testing.assert_allclose(net.w.detach().numpy(), w, rtol=1e-9)
+        np.testing.assert_allclose(run.ema.w.numpy(), average, rtol=1e-9)
+    assert clipped == [True, False, True]
 
 
 @pytest.fixture(scope="module")
