@@ -194,8 +194,9 @@ def robust_loss(model, schedule, x0, t, eps, perturb="adv", constraint="equivari
                 ray_units="pixel", objective="eq8", detach=False, beta=None, u=None):
     """L_AT = |eps(x_t) - eps|^2 + lambda_t |eps(x_t^adv) - eps(x_t) - delta|^2  (Eq. 10) -> (scalar, parts).
 
-    perturb: "ran" or "adv"; constraint: "equivariance" (Eq. 10) or "invariance", which leaves out "- delta" (Eq. 9 as
-    a regulariser: the ablation that must fail). Norms are means over elements, lambda_t is per sample.
+    perturb: "ran" or "adv"; "ran" calls the model once, on [x_t, x_t + s delta] and [t, t] of 2 B rows, so that a model which
+    closes over a condition must repeat it. constraint: "equivariance" (Eq. 10) or "invariance", which leaves out "- delta"
+    (Eq. 9 as a regulariser: the ablation that must fail). Norms are means over elements, lambda_t is per sample.
     objective: what delta_adv maximises, see adversarial_delta. detach=True stops the gradient through eps(x_t) in the
     second term (ours; as printed it flows). beta (B,) in [0.5, 2] and u in [-1, 1] of x0's shape, with
     delta_ran = r_beta u, are drawn from the global generator unless given.

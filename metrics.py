@@ -4,6 +4,7 @@ Fréchet distances are computed from means and covariances in float64 with eigen
 near-singular covariances and any SciPy version; FID(X, X) is 0 up to rounding.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -218,10 +219,14 @@ def write_metrics(out, started, *, seed, device, n, **numbers):
 
 
 def cli(main):
-    """Run a script's main(): bad input (ValueError, OSError) ends in one line on stderr and exit code 2.
+    """Run a script's main(): bad input (ValueError, OSError, flags) ends in one line on stderr and exit code 2.
 
     TRACEBACK=1 in the environment shows where it came from.
     """
+    def refuse(parser, message):  # argparse would print its usage, of up to 20 lines, first
+        parser.exit(2, f"{parser.prog}: {message}; see --help\n")
+
+    argparse.ArgumentParser.error = refuse
     try:
         main()
     except (ValueError, OSError) as e:

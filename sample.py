@@ -236,6 +236,8 @@ def save_grid(x, path):
 def save_sample(images, out, png):
     """OUT/samples.npz, grid.png and, if png, images/*.png of images (n, S, S, 3) uint8 -> x (n, 3, S, S) in [-1, 1]."""
     (out / "images").mkdir(parents=True, exist_ok=True)
+    for old in (out / "images").glob("[0-9]" * 6 + ".png"):  # of an earlier sample, perhaps a larger one
+        old.unlink()
     for i in range(len(images) if png else 0):
         write_png(torch.from_numpy(images[i]).permute(2, 0, 1), str(out / "images" / f"{i:06d}.png"), compression_level=1)
     np.savez_compressed(out / "samples.npz", images=images)
@@ -317,12 +319,16 @@ def sampler_options(args, steps, spacing):
 
 
 def load_model(path, args, device):
-    """(model ready to sample, image size, training settings) of a checkpoint of train.py or a diffusers folder."""
+    """(model ready to sample, image size, training settings) of a checkpoint of train.py, its folder, or one of diffusers."""
+    path = Path(path, "ckpt.pt") if Path(path, "ckpt.pt").is_file() else path
     if os.path.isdir(path):
         net, size, trained = UNet.from_diffusers(path), 32, {}
     else:
         ckpt = load_checkpoint(path)
-        net, size, trained = UNet.load(ckpt, ema=not args.raw), ckpt["image_size"], ckpt["args"]
+        try:
+            net, size, trained = UNet.load(ckpt, ema=not args.raw), ckpt["image_size"], ckpt["args"]
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
     net = net.to(device, memory_format=layout(device, args.amp)).eval()
     if args.compile or (args.compile is None and device.type == "cuda"):
         net = torch.compile(net, mode="reduce-overhead" if device.type == "cuda" else None)  # CUDA graphs

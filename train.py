@@ -103,7 +103,8 @@ def parse_args(argv=None):
     add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto: bf16 on a GPU, fp32 on a CPU")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
     add("--save-every", type=int, metavar="K", help="steps between checkpoints; default 5000, at most a tenth of --iters")
-    add("--sample-every", type=int, metavar="K", help="steps between EMA sample grids; default a quarter of --iters; 0: never")
+    add("--sample-every", type=int, metavar="K",
+        help="steps between EMA sample grids, besides that of the last step; default a quarter of --iters; 0: never")
     add("--log-every", type=int, metavar="K", help="steps between log lines and checks for NaN; default 50 (10 for tiny, mini)")
     add("--resume", action="store_true", help="continue from OUT/ckpt.pt with its settings; --iters may grow")
     add("--overwrite", action="store_true", help="start again although OUT holds a checkpoint")

@@ -140,6 +140,14 @@ def test_image_i_depends_on_seed_and_i_alone(checkpoint, tmp_path):
     assert not np.array_equal(images("seed", "--n", 16, "--seed", 1), reference)
 
 
+def test_a_smaller_sample_leaves_no_images_of_a_larger_one(checkpoint, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "mine.png").write_bytes(b"")  # not the script's to remove
+    for n in (3, 2):  # the folder of a checkpoint will do
+        assert call(sample, "--ckpt", checkpoint, "--steps", 2, "--device", "cpu", "--n", n, "--out", tmp_path) == 0
+    assert sorted(p.name for p in (tmp_path / "images").iterdir()) == ["000000.png", "000001.png", "mine.png"]
+
+
 def test_init_starts_from_the_ema_weights(checkpoint, tmp_path):
     assert call(train, *SMALL, "--iters", 1, "--lr", 0, "--init", checkpoint / "ckpt.pt", "--out", tmp_path) == 0
     old, new = weights(checkpoint)[1]["ema"], weights(tmp_path)[1]["model"]
@@ -245,6 +253,7 @@ def test_sample_refuses_bad_input(capsys, tmp_path, checkpoint):
     (tmp_path / "short.pt").write_bytes(good.read_bytes()[:1000])
     assert "truncated" in refuse("--ckpt", tmp_path / "short.pt")
     assert "no config.json" in refuse("--ckpt", tmp_path)
+    assert "--steps: invalid int value: 'x'; see --help" in refuse("--ckpt", good, "--steps", "x")
     assert "no such file" in refuse("--ckpt", good, "--n", 4, "--fid", "--inception-weights", tmp_path / "none.pth")
 
 
