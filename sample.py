@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torchvision.io import write_png
+from PIL import Image
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -239,7 +239,7 @@ def save_sample(images, out, png):
     for old in (out / "images").glob("[0-9]" * 6 + ".png"):  # of an earlier sample, perhaps a larger one
         old.unlink()
     for i in range(len(images) if png else 0):
-        write_png(torch.from_numpy(images[i]).permute(2, 0, 1), str(out / "images" / f"{i:06d}.png"), compression_level=1)
+        Image.fromarray(images[i]).save(out / "images" / f"{i:06d}.png", compress_level=1)
     np.savez_compressed(out / "samples.npz", images=images)
     x = to_float(torch.from_numpy(images))
     save_grid(x, out / "grid.png")
