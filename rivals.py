@@ -108,7 +108,7 @@ def title_of(p, kind, sigma, *_):
     return f"{kind} {sigma or ''}".strip() + f", p = {p}"
 
 
-def table(records, shares, distance):
+def table(records, shares, distance, first_seed):
     """-> lines of markdown, one per fault and seed."""
     def numbers(name, *share):
         r = records[name]
@@ -120,7 +120,7 @@ def table(records, shares, distance):
              "|---" * (4 + len(METHODS)) + "|"]
     for (fault, k), (clean, faulty, base, *each) in shares.items():
         cells = [numbers(name_of(m, *fault[:3], k), share) for m, share in zip(METHODS, each)]
-        lines.append(f"| {title_of(*fault)} | {records[clean_name(k)]['seed']} | {clean:.2f}, {faulty:.2f} | "
+        lines.append(f"| {title_of(*fault)} | {first_seed + k} | {clean:.2f}, {faulty:.2f} | "
                      f"{numbers(clean_name(k), base)} | {' | '.join(cells)} |")
     first = FAULTS[0][:3]
     off = {1.0: name_of("ambient", *first)} | {x: name_of(f"ambient-x{x}", *first) for x in OFF}
@@ -180,7 +180,7 @@ def main():
     images, _ = load_images(args.data, int((SIZES[args.size]["image"].split() or [0, 32])[-1]), root=args.data_root)
     shares = judge(images, args)
     distance = next(key for key in records[clean_name(0)] if key.startswith(("FID", "Fréchet")))
-    lines = table(records, shares, distance)
+    lines = table(records, shares, distance, args.seed)
     (out / "table.md").write_text("\n".join(lines) + "\n")
     plot(records, shares, distance, out / "rivals.png")
     plot_samples(images, args, out / "samples.png")
