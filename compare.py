@@ -65,13 +65,18 @@ def pictures(x, nrow):
     return make_grid((x.clamp(-1, 1) + 1) / 2, nrow=nrow, padding=1, pad_value=1).permute(1, 2, 0).numpy()
 
 
+def some_of(n, count):
+    """`count` of n image numbers at random; not in the order by which data.py picks the faulty ones."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(1))[:count]
+
+
 def training_rows(settings, size, args):
     """[(name, images (n, 3, size, size) in [-1, 1])] of the training images: clean, and as all the checkpoints saw them."""
     (name, p, sigma, seed, corrupt), rows = settings[0], []
     with contextlib.suppress(ValueError):  # the set may not be on this machine; the samples' rows stand without it
         clean, _ = load_images(args.data or name or "", size, root=args.data_root)
         data = CorruptedImages(clean, None, p or 0, sigma or 0, seed or 0, corrupt=corrupt or "gauss")
-        index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: max(2000, args.n)]
+        index = some_of(len(data), max(2000, args.n))
         rows = [("clean training images", data.clean(index))]
         if p and len(set(settings)) == 1:
             rows.append(("as trained on", data.batch(index)))

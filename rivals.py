@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import metrics
-from compare import pictures
+from compare import pictures, some_of
 from data import FOREIGN, CorruptedImages, load_images, to_float
 from reproduce import CLEAN, NOISY, SIZES, add_arguments, cell, check, run_all, shared
 from sample import features_network, setup
@@ -34,7 +34,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 METHODS = {"none": "--robust none", "ran": "--robust ran", "adv": "--robust adv", "huber": "--robust huber",
            "ambient": "--robust ambient", "drop": "--drop-noisy"}
 FAULTS = [  # p, --corrupt, sigma, further seeds
-    (0.9, "gauss", 0.2, 1), (0.3, "gauss", 0.2, 0), (0.3, "outliers", 0, 0), (0.3, "class", 0, 0),
+    (0.9, "gauss", 0.2, 1), (0.3, "gauss", 0.2, 0), (0.3, "outliers", 0, 1), (0.3, "class", 0, 0),
     (0.9, "salt-pepper", 0.05, 0), (0.3, "patch", 0.4, 0), (0.3, "blur", 1, 0),
 ]
 OFF = (0.8, 1.2)  # the estimated sigma times this, in Ambient training on the first fault
@@ -90,7 +90,7 @@ def judge(images, args):
     def features(x):  # uint8 (n, S, S, 3) -> (n, d)
         return metrics.extract(network, x, device=device)[0].astype(np.float64)
 
-    index = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:8000]
+    index = some_of(len(images), 8000)
     index = index[np.unique(index % FOREIGN, return_index=True)[1]]  # --corrupt class repeats its images
     clean = features(np.array(images[index]))
     baseline = [features(sampled(clean_name(k), args)) for k in range(1 + max(more for *_, more in FAULTS))]
@@ -151,8 +151,8 @@ def plot(records, shares, distance, path):
 
 def plot_samples(images, args, path):
     """The first images as trained on, and the first samples of each method, for each fault and the first seed."""
-    fig, axes = plt.subplots(1 + len(METHODS), len(FAULTS), figsize=(13, 12), layout="constrained", squeeze=False)
-    index = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:12]
+    fig, axes = plt.subplots(1 + len(METHODS), len(FAULTS), figsize=(13, 10.6), layout="constrained", squeeze=False)
+    index = some_of(len(images), 12)
     for column, (p, kind, sigma, more) in zip(axes.T, FAULTS):
         rows = [CorruptedImages(images, None, p, sigma, args.seed, corrupt=kind).batch(index)]
         rows += [to_float(torch.from_numpy(sampled(name_of(m, p, kind, sigma), args)[:12])) for m in METHODS]

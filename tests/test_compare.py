@@ -1,5 +1,6 @@
 """compare.py: what it tabulates is what it recorded, and each of its samples is the one sample.py makes."""
 
+import argparse
 import json
 import os
 import socket
@@ -54,6 +55,13 @@ def compared(ckpts, tmp_path_factory):
     assert len(loads) == 1  # the network that scores is loaded once
     yield out
     torch.set_num_threads(threads)
+
+
+def test_as_trained_on_shows_the_share_of_faulty_images():
+    args = argparse.Namespace(data=None, data_root="", n=6)
+    for seed in (0, 1):
+        (_, clean), (_, seen) = compare.training_rows([("synthetic:9000", 0.3, 0.2, seed, "gauss")] * 2, 8, args)
+        assert len(clean) == 2000 and ((clean != seen).flatten(1).any(1).double().mean() - 0.3).abs() < 0.04
 
 
 def record(folder):

@@ -21,7 +21,7 @@ def test_commands_are_those_of_the_table(tmp_path):
     todo = rivals.commands(arguments(tmp_path))
     assert len({str(done) for done, _ in todo}) == len(todo)
     trained = {done.parent.name: " ".join(argv) for done, argv in todo if argv[0] == "train.py"}
-    assert len(trained) == 2 + len(rivals.METHODS) * (len(rivals.FAULTS) + 1) + 2
+    assert len(trained) == 2 + len(rivals.METHODS) * sum(1 + more for *_, more in rivals.FAULTS) + 2
     assert "--drop-noisy --p 0.9 --sigma 0.2 --model" in trained["drop-0.9-0.2-seed1"]
     assert "--seed 4 " in trained["drop-0.9-0.2-seed1"] and "--seed 3 " in trained["drop-0.9-0.2"]
     assert "--robust adv --p 0.3 --corrupt outliers --model" in trained["adv-0.3-outliers"]
