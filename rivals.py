@@ -162,7 +162,7 @@ def plot_samples(images, args, path):
         column[0].set_title(title_of(p, kind, sigma, more), fontsize=10)
     for ax, name in zip(axes[:, 0], ["trained on", *METHODS]):
         ax.set_ylabel(name)
-    fig.savefig(path, dpi=100)
+    fig.savefig(path, dpi=75)
     plt.close(fig)
 
 
