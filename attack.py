@@ -348,7 +348,7 @@ def plot_rows(pictures, runs, path):
         for ax, kind in zip(row, kinds):
             ax.axis("off")
             x = pictures[name][runs.index((share, kind if share else "none"))]
-            ax.imshow(make_grid(x, nrow=10, padding=1, pad_value=1).permute(1, 2, 0), interpolation="nearest")
+            ax.imshow(make_grid(x, nrow=10, padding=1, pad_value=1).permute(1, 2, 0).numpy(), interpolation="nearest")
             what = f"{share:.0%} of the steps, {kind}" if share else "no attack"
             ax.set_title(f"{name}, {what}", fontsize=9, loc="left", pad=2)
     fig.savefig(path, dpi=120)
