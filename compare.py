@@ -38,7 +38,7 @@ def run_name(args, path, steps, spacing):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--ckpt", required=True, nargs="+", help="checkpoints of train.py, or diffusers folders")
+    add("--ckpt", required=True, nargs="+", help="checkpoints of train.py or their folders, or those of diffusers")
     add("--n", type=int, default=10_000, help="number of images of each sample; FID below 10,000 is biased upwards")
     add("--steps", type=int, nargs="+", default=[None], help="default: ddpm 1000, ddim 100, heun 18 (noise levels)")
     add("--spacing", nargs="+", default=["respaced"], help="ddpm: rules for fewer steps, respaced | naive | truncated")

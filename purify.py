@@ -45,7 +45,7 @@ import sample
 from classifier import load_classifier
 from data import NAMES, image_noise, load_images
 from losses import NoiseSchedule, like
-from sample import ddim_step, ddpm_step, heun_sample
+from sample import ddim_step, ddpm_step, ddpm_variance, heun_sample
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -195,9 +195,7 @@ class PurifiedClassifier(nn.Module):
             after = ddpm_step(x, eps, z, abar, abar_prev, self.clip, self.variance)
             if diffused is None:
                 return after
-            var = 1 - abar / abar_prev
-            if self.variance == "fixed-small":
-                var = var * (1 - abar_prev) / (1 - abar)
+            var = ddpm_variance(abar, abar_prev, self.variance)
             pull = self.scale * ((1 - abar) / abar).sqrt() * var  # GDMP: the step's variance times its s_t
             return after + like(pull, x) * guidance(x, diffused, sampler[5:])
 

@@ -37,18 +37,19 @@ def clipped(x0, clip):
     return x0.clamp(-float(clip), float(clip)) if clip else x0
 
 
-def ddpm_step(x_t, eps, z, abar, abar_prev, clip=True, variance="fixed-large"):
-    """x_{t-1} = mu~(x_t, x^_0) + s_t z, which without clipping is Eq. 5; z is ignored where abar_prev = 1.
-
-    variance: s_t^2 = beta_t ("fixed-large") or beta~_t ("fixed-small").
-    """
-    x0 = predict_x0(x_t, eps, abar)
-    mean = posterior_mean(clipped(x0, clip), x_t, abar, abar_prev)
-    var = 1 - abar / abar_prev
+def ddpm_variance(abar, abar_prev, variance):
+    """s_t^2 of Eq. 5: beta_t ("fixed-large") or beta~_t, the variance of q(x_{t-1} | x_t, x_0) ("fixed-small")."""
     if variance not in ("fixed-large", "fixed-small"):
         raise ValueError(f"variance={variance!r}: need 'fixed-large' or 'fixed-small'")
-    if variance == "fixed-small":
-        var = var * (1 - abar_prev) / (1 - abar)
+    beta = 1 - abar / abar_prev
+    return beta if variance == "fixed-large" else beta * (1 - abar_prev) / (1 - abar)
+
+
+def ddpm_step(x_t, eps, z, abar, abar_prev, clip=True, variance="fixed-large"):
+    """x_{t-1} = mu~(x_t, x^_0) + s_t z, which without clipping is Eq. 5; z is ignored where abar_prev = 1."""
+    x0 = predict_x0(x_t, eps, abar)
+    mean = posterior_mean(clipped(x0, clip), x_t, abar, abar_prev)
+    var = ddpm_variance(abar, abar_prev, variance)
     return mean + like((var * (abar_prev < 1)).sqrt(), x_t) * z
 
 
@@ -398,7 +399,7 @@ def sample_and_score(runs, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--ckpt", required=True, help="a checkpoint of train.py, or a diffusers folder")
+    add("--ckpt", required=True, help="a checkpoint of train.py or its folder, or one of diffusers")
     add("--n", type=int, default=10_000, help="number of images; FID below 10,000 is biased upwards")
     add("--steps", type=int, help="default: ddpm 1000, ddim 100, heun 18 (noise levels)")
     add("--spacing", default="respaced", help="ddpm: the rule for fewer steps, respaced | naive | truncated")
