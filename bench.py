@@ -62,8 +62,8 @@ def draws(data, B, device, seed=0):
 
 
 def settings(method, amp="auto"):
-    """train.py's own for --robust `method` and --model ddpm, without the warm-up."""
-    return train.parse_args(["--robust", method, "--amp", amp, "--warmup", "0"])
+    """train.py's own for --robust `method` and --model ddpm, without the warm-up; the regulariser on every row, as in P1."""
+    return train.parse_args(["--robust", method, "--amp", amp, "--warmup", "0", "--reg-last", "1", "--reg-share", "1"])
 
 
 def training(net, device, amp="auto", backend=None, world=1):

@@ -58,7 +58,7 @@ RECIPES = {  # what --iters, --batch-size and --lr default to; DDPM's own, tiny 
     "mini": dict(iters=1200, batch_size=64, lr=1e-3),
 }
 # what makes a run the run it is: --resume refuses to change these, and takes all other settings as they were unless given
-FIXED = ("robust p sigma corrupt drop_noisy noisy_above sigma_scale huber_c lam omega gamma ray_units objective detach "
+FIXED = ("robust p sigma corrupt drop_noisy noisy_above sigma_scale huber_c lam omega gamma ray_units objective detach reg_last reg_share reg_lr "
          "data image_size model batch_size lr warmup clip_grad "
          "dropout ema flip optimizer seed amp classifier addt_guide addt_perturb").split()
 
@@ -83,6 +83,11 @@ def parse_args(argv=None):
     add("--ray-units", choices=["pixel", "eps"], default="pixel", help="units of the ray in lambda_t; pixel is ours")
     add("--objective", choices=["eq8", "ldm", "reg"], default="eq8", help="what delta_adv maximises; reg is ours")
     add("--detach", action="store_true", help="no gradient through eps(x_t) in the regulariser (ours)")
+    add("--reg-last", type=float, default=0.1, metavar="F", help="the regulariser acts in the last share F of the steps, plain "
+        "DDPM before; 1: always, as P1 prints it (ours; P1's later version regularises in the last epochs)")
+    add("--reg-share", type=float, default=0.25, metavar="Q", help="the regulariser acts on the first Q of the rows of a batch; "
+        "1: on all, as P1 prints it (ours)")
+    add("--reg-lr", type=float, default=0.5, metavar="X", help="X times --lr where the regulariser acts after plain DDPM (ours)")
     add("--data", default="synthetic", metavar="NAME", help=NAMES)
     add("--data-root", default="data", help="downloads and decoded caches")
     add("--image-size", type=int, metavar="S", help="resize to S x S; default: the set's own size")
@@ -135,6 +140,7 @@ def check(args, world):
             ("must be >= 0 and finite", lambda v: 0 <= v < math.inf, "lam gamma lr"),
             ("must be > 0", lambda v: 0 < v < math.inf, "huber_c sigma_scale"),
             ("must lie in [0, 1]", lambda v: v is None or 0 <= v <= 1, "dropout"),
+            ("must lie in (0, 1]", lambda v: 0 < v <= 1, "reg_last reg_share reg_lr"),
             ("must lie in 0..2^63 - 1", lambda v: 0 <= v < 2**63, "seed"),
             ("the noise level must be >= 0", lambda v: 0 <= v < math.inf, "sigma"),
             ("the share of corrupted images must lie in [0, 1]", lambda v: 0 <= v <= 1, "p"),
@@ -156,7 +162,7 @@ def check(args, world):
         raise ValueError(f"--p {args.p} --sigma {args.sigma}: corruption takes both, the share and the noise level")
     users = dict(huber_c=["huber"], sigma_scale=["ambient"], noisy_above=["ambient"])
     users |= dict.fromkeys(["classifier", "addt_guide", "addt_perturb"], ["addt"])
-    users |= dict.fromkeys("lam omega gamma ray_units objective detach".split(), [m for m in METHODS if METHODS[m]])
+    users |= dict.fromkeys("lam omega gamma ray_units objective detach reg_last reg_share reg_lr".split(), [m for m in METHODS if METHODS[m]])
     for name in sorted(args.given & users.keys()):
         if args.robust not in users[name] and not (name == "noisy_above" and args.drop_noisy):
             raise ValueError(f"--{name.replace('_', '-')}: has no effect with --robust {args.robust}, only with "
@@ -185,6 +191,10 @@ def resume(args, path):
                              f"{value}; drop the flag or start in another --out")
         if key not in args.given:
             setattr(args, key, value)
+    before, after = (regularised_from(argparse.Namespace(**{**vars(args), "iters": n})) for n in (ckpt["args"]["iters"], args.iters))
+    if before != after and ckpt["step"] > min(before, after):
+        raise ValueError(f"--iters {args.iters}: the regulariser of {path} began at step {before} of {ckpt['args']['iters']}, "
+                         f"which step {ckpt['step']} has passed; start another --out with --init {path}")
     return ckpt
 
 
@@ -218,14 +228,19 @@ def draw_numbers(generator, seed, step, T, B, size):
     return flip, t, eps, beta, u
 
 
-def loss_of(model, schedule, args, x0, t, eps, beta, u, y=None, sigma_y=None, classifier=None):
+def regularised_from(args):
+    """The first step at which the regulariser of Eq. 10 acts: 0, or that of the last share --reg-last of --iters."""
+    return args.iters - max(1, round(args.reg_last * args.iters)) if METHODS.get(args.robust) else args.iters
+
+
+def loss_of(model, schedule, args, x0, t, eps, beta, u, y=None, sigma_y=None, classifier=None, regularised=True):
     """The objective of --robust on one batch -> scalar, dict of detached scalars. y, classifier: addt; sigma_y: ambient."""
     if args.robust == "addt":
         return addt_loss(model, schedule, classifier, x0, y, t, eps, args.addt_guide, args.addt_perturb)
-    if METHODS.get(args.robust):
+    if METHODS.get(args.robust) and regularised:
         return robust_loss(model, schedule, x0, t, eps, *METHODS[args.robust], args.lam, args.omega, args.gamma,
-                           args.ray_units, args.objective, args.detach, beta, u)  # Eq. 10
-    if args.robust == "none":
+                           args.ray_units, args.objective, args.detach, beta, u, args.reg_share)  # Eq. 10
+    if args.robust in METHODS:  # plain DDPM, or not yet regularised
         name, loss = "L_DM", ddpm_loss(model, schedule, x0, t, eps)  # Eq. 4
     elif args.robust == "ambient":
         name, loss = "L_ambient", ambient_loss(model, schedule, x0, t, eps, sigma_y)
@@ -247,12 +262,15 @@ def prepare(net, args, device, world=1, backend=None):
 def update(run, args, step, parts, classifier=None):
     """One step on a batch in parts, each loss_of's arguments -> scalars to log, on the device: nothing here waits for it."""
     optimizer, scaler, logs = run.optimizer, run.scaler, []
+    first = regularised_from(args)
+    late = 0 < first <= step < args.iters  # the second phase: its own warm-up and average
+    since = step - first if late else step
     for group in optimizer.param_groups:
-        group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+        group["lr"] = args.lr * (args.reg_lr if late else 1) * min(1.0, (since + 1) / max(1, args.warmup // (10 if late else 1)))
     optimizer.zero_grad(set_to_none=True)
     for part in parts:
         with run.cast:
-            loss, terms = loss_of(run.model, run.schedule, args, *part, classifier=classifier)
+            loss, terms = loss_of(run.model, run.schedule, args, *part, classifier=classifier, regularised=step >= first)
         scaler.scale(loss / len(parts)).backward()
         logs.append(dict(loss=loss.detach(), **terms))
     if run.world > 1:
@@ -262,8 +280,18 @@ def update(run, args, step, parts, classifier=None):
     scaler.step(optimizer)
     scaler.update()
     with torch.no_grad():
-        torch._foreach_lerp_(list(run.ema.parameters()), run.params, 1 - min(args.ema, (1 + step) / (10 + step)))
+        torch._foreach_lerp_(list(run.ema.parameters()), run.params, 1 - min(args.ema, (1 + since) / (10 + since)))
     return {k: sum(d[k] for d in logs) / len(parts) for k in logs[0]} | dict(grad_norm=grad_norm)
+
+
+def lay_out_moments(optimizer):
+    """Adam's moments in the memory layout of their weights: load_state_dict keeps the one they were saved in.
+
+    Fused Adam walks over both in memory order, and a checkpoint may come from a device that prefers another layout.
+    """
+    for p, state in optimizer.state.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = torch.empty_like(p).copy_(state[key])
 
 
 def average(grads, world):
@@ -327,23 +355,27 @@ def main():
         run.net.load_state_dict(ckpt["model"])
         run.ema.load_state_dict(ckpt["ema"])
         run.optimizer.load_state_dict(ckpt["optimizer"])
+        lay_out_moments(run.optimizer)
         if ckpt["scaler"]:  # it is empty unless that was fp16
             run.scaler.load_state_dict(ckpt["scaler"])
     if world > 1:
         for p in [*run.params, *run.ema.parameters()]:
             dist.broadcast(p.data, 0)
 
-    B, rows = args.batch_size, args.batch_size // (world * args.accum)
+    B = args.batch_size
     order = Order(len(kept) if args.drop_noisy else len(data), args.seed, "cpu" if data.streams else device)
     generator = torch.Generator(device)
 
     def draw(step):
-        """The batch of a step: this process takes rows [rank B/W, (rank + 1) B/W) of it, in --accum parts."""
+        """The batch of a step in the parts of this process: part i of n holds the rows i, i + n, i + 2 n, ..
+
+        So the first rows of all parts together are the first rows of the batch, those that --reg-share regularises.
+        """
         flip, *numbers = draw_numbers(generator, args.seed, step, run.schedule.T, B, size)
-        parts = []
+        parts, all_rows = [], order(step * B, B)
         for i in range(rank * args.accum, (rank + 1) * args.accum):
-            mine = slice(i * rows, (i + 1) * rows)
-            index = order(step * B + mine.start, rows)
+            mine = slice(i, B, world * args.accum)
+            index = all_rows[mine]
             index = kept[index] if args.drop_noisy else index
             x0 = data.batch(index, flip[mine] if args.flip else None)
             index = index.to(device, non_blocking=True)
@@ -438,7 +470,7 @@ def main():
             bar.update()
             save_due = step % args.save_every == 0
             grid_due = args.sample_every and step % args.sample_every == 0 and step < args.iters
-            if step % args.log_every == 0 or save_due or grid_due or step == args.iters:
+            if step % args.log_every == 0 or save_due or grid_due or step in (args.iters, regularised_from(args)):
                 flush(step)  # before saving: a checkpoint never holds the result of a non-finite loss
                 if save_due:
                     save(step)

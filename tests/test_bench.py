@@ -54,7 +54,7 @@ def batches(B=4):
 def test_step_and_draws_are_those_of_train(tmp_path, smaller, monkeypatch):
     """Three steps of both from the same weights: equal bit for bit, so that what is timed is what is trained."""
     monkeypatch.setattr(train, "generate", lambda *args, **kw: torch.zeros(64, 3, 8, 8))  # no time for its last grid
-    flags = "--model tiny --image-size 8 --data synthetic:64 --batch-size 4 --robust adv --p 0.9 --sigma 0.2 --iters 3".split()
+    flags = "--model tiny --image-size 8 --data synthetic:64 --batch-size 4 --robust adv --p 0.9 --sigma 0.2 --iters 3 --reg-last 1 --reg-share 1".split()
     assert call(train, *flags, "--lr", 2e-4, "--warmup", 0, "--sample-every", 0, "--device", "cpu", "--out", tmp_path) == 0
     expected = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
     torch.manual_seed(0)

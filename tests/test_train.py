@@ -1,5 +1,6 @@
 """train.py and sample.py as commands: determinism, resuming, processes, bad input."""
 
+import copy
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from data import CorruptedImages, Order, load_images
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--model tiny --image-size 8 --data synthetic:64 --batch-size 8 --device cpu --sample-every 0 --log-every 1".split()
 NOISY = "--p 0.9 --sigma 0.2".split()
+ADV = "--robust adv --reg-last 1 --reg-share 1".split()  # Eq. 10 as P1 prints it
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -54,7 +56,7 @@ def weights(out):
 def checkpoint(tmp_path_factory):
     """Ten steps of Robust_adv, uninterrupted."""
     out = tmp_path_factory.mktemp("adv")
-    assert call(train, *SMALL, *NOISY, "--robust", "adv", "--iters", 10, "--warmup", 2, "--out", out) == 0
+    assert call(train, *SMALL, *NOISY, *ADV, "--iters", 10, "--warmup", 2, "--out", out) == 0
     return out
 
 
@@ -68,7 +70,7 @@ def test_run_leaves_its_files(checkpoint):
 
 
 def test_kill_and_resume_equals_uninterrupted(checkpoint, tmp_path):
-    args = [*SMALL, *NOISY, "--robust", "adv", "--warmup", "2", "--out", str(tmp_path)]
+    args = [*SMALL, *NOISY, *ADV, "--warmup", "2", "--out", str(tmp_path)]
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *args, "--iters", "100000", "--save-every", "3"],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
@@ -93,7 +95,7 @@ def test_sigterm_saves_and_exits_cleanly(checkpoint, tmp_path, monkeypatch):
         return real(seed, k, stream)
 
     monkeypatch.setattr(train, "seed_at", seed_at)
-    args = [*SMALL, *NOISY, "--robust", "adv", "--iters", 10, "--warmup", 2, "--out", tmp_path]
+    args = [*SMALL, *NOISY, *ADV, "--iters", 10, "--warmup", 2, "--out", tmp_path]
     assert call(train, *args) == 0
     assert weights(tmp_path)[1]["step"] == 4
     monkeypatch.setattr(train, "seed_at", real)
@@ -103,9 +105,88 @@ def test_sigterm_saves_and_exits_cleanly(checkpoint, tmp_path, monkeypatch):
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 11))  # none lost, none twice
 
 
+@pytest.mark.parametrize("stop", [3, 5, 8])
+def test_resume_in_either_phase_equals_uninterrupted(stop, tmp_path, monkeypatch):
+    """Plain DDPM up to step 5 of 10, then the regulariser on a quarter of the rows; stopped before, at and after the change."""
+    late = "--robust adv --reg-last 0.5 --reg-share 0.25".split()
+    args = [*SMALL, *NOISY, *late, "--iters", 10, "--warmup", 2]
+    assert call(train, *args, "--out", tmp_path / "whole") == 0
+    update, done = train.update, []
+
+    def stopping(*inputs):
+        done.append(1)
+        if len(done) == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*inputs)
+
+    monkeypatch.setattr(train, "update", stopping)
+    assert call(train, *args, "--out", tmp_path / "parts") == 0
+    assert weights(tmp_path / "parts")[1]["step"] == stop
+    assert call(train, "--resume", "--out", tmp_path / "parts", "--device", "cpu") == 0
+    assert torch.equal(weights(tmp_path / "parts")[0], weights(tmp_path / "whole")[0])  # bit for bit
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert [("L_reg" in d) for d in lines] == [False] * 5 + [True] * 5
+
+
+def test_first_phase_is_plain_ddpm(tmp_path):
+    """Up to the step where the regulariser begins, --robust adv is --robust none, bit for bit."""
+    args = [*SMALL, *NOISY, "--warmup", 2]
+    assert call(train, *args, "--iters", 5, "--out", tmp_path / "none") == 0
+    adv = [*args, "--robust", "adv", "--iters", 10, "--reg-last", 0.5, "--save-every", 5]
+    real, kept = train.save_checkpoint, []
+
+    def keep(path, ckpt):
+        kept.append((ckpt["step"], {k: v.clone() for k, v in ckpt["model"].items()}))
+        real(path, ckpt)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", keep)
+        assert call(train, *adv, "--out", tmp_path / "adv") == 0
+    step, at_change = kept[0]
+    plain = weights(tmp_path / "none")[1]["model"]
+    assert step == 5 and all(torch.equal(at_change[k], plain[k]) for k in plain)
+    assert not all(torch.equal(kept[-1][1][k], plain[k]) for k in plain)
+
+
+def test_growing_iters_past_the_change_is_refused(tmp_path, capsys):
+    """--iters sets where the regulariser begins: a longer run would have begun later."""
+    args = [*SMALL, *NOISY, "--robust", "adv", "--iters", 4, "--reg-last", 0.5, "--out", tmp_path]
+    assert call(train, *args) == 0
+    assert call(train, "--resume", "--iters", 40, "--out", tmp_path, "--device", "cpu") == 2
+    assert "began at step 2" in capsys.readouterr().err
+
+
+def test_resume_across_memory_layouts(tmp_path):
+    """Fused Adam walks over weights and moments in memory order: moments saved in another layout are laid out anew."""
+    args = train.parse_args([*SMALL, "--warmup", "0", "--lr", "1e-2"])
+    torch.manual_seed(0)
+    net = train.UNet(**train.PRESETS["tiny"])
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 900])
+
+    def step(run):
+        train.update(run, args, 5, [(x, t, x.flip(0), None, None)])
+        return [p.detach().contiguous() for p in run.params]
+
+    run = train.prepare(copy.deepcopy(net).to(memory_format=torch.channels_last), args, torch.device("cpu"))
+    step(run)
+    state, saved = copy.deepcopy(run.net.state_dict()), copy.deepcopy(run.optimizer.state_dict())
+    for moments in saved["state"].values():  # as a device with the other layout leaves them
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments[key] = moments[key].contiguous()
+    expected, ends = step(run), []
+    for form in (torch.channels_last, torch.contiguous_format):
+        resumed = train.prepare(copy.deepcopy(net).to(memory_format=form), args, torch.device("cpu"))
+        resumed.net.load_state_dict(state)
+        resumed.optimizer.load_state_dict(copy.deepcopy(saved))
+        train.lay_out_moments(resumed.optimizer)
+        ends.append(step(resumed))
+    assert all(torch.equal(a, b) for a, b in zip(ends[0], expected))
+    assert all((a - b).abs().max() < 1e-3 for a, b in zip(ends[1], expected))  # another layout, another rounding
+
+
 def test_two_processes_and_accumulation_equal_one_process(tmp_path):
     """Sums are taken in another order, and Adam divides gradients near 0 by their own size: hence the small --lr."""
-    args = [*SMALL, *NOISY, "--robust", "adv", "--iters", "5", "--warmup", "0", "--lr", "1e-4"]
+    args = [*SMALL, *NOISY, *ADV, "--iters", "5", "--warmup", "0", "--lr", "1e-4"]
     torchrun("train.py", *args, "--out", tmp_path / "two")
     assert call(train, *args, "--accum", 4, "--out", tmp_path / "accum") == 0
     assert call(train, *args, "--out", tmp_path / "one") == 0
@@ -122,7 +203,7 @@ def test_streamed_data_trains_the_same(checkpoint, tmp_path, monkeypatch):
             super().__init__(*args, budget=0)
 
     monkeypatch.setattr(train, "CorruptedImages", Streamed)
-    assert call(train, *SMALL, *NOISY, "--robust", "adv", "--iters", 10, "--warmup", 2, "--out", tmp_path) == 0
+    assert call(train, *SMALL, *NOISY, *ADV, "--iters", 10, "--warmup", 2, "--out", tmp_path) == 0
     assert torch.equal(weights(tmp_path)[0], weights(checkpoint)[0])
 
 
@@ -273,7 +354,7 @@ def test_full_disk_keeps_the_previous_checkpoint(capsys, tmp_path, checkpoint, m
 
 
 RIVALS = {"ambient": "--robust ambient --sigma-scale 1.2", "huber": "--robust huber --corrupt outliers",
-          "drop": "--robust ran --drop-noisy --noisy-above 0.1"}
+          "drop": "--robust ran --reg-last 1 --drop-noisy --noisy-above 0.1"}
 
 
 @pytest.fixture
