@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -103,7 +104,8 @@ def image_statistics(x):
     power_1 .. power_4: power per pixel in four bands of spatial frequency, up to 1/8, 1/4, 1/2, 1 of the highest along an axis
     (and beyond), without each image's mean.
     """
-    spectrum = torch.fft.fft2(x - x.mean((2, 3), keepdim=True), norm="forward").abs().square().sum((0, 1)) / (len(x) * x.shape[1])
+    waves = torch.fft.fft2(x - x.mean((2, 3), keepdim=True), norm="forward")
+    spectrum = waves.abs().square().mean((0, 1))
     frequency = torch.fft.fftfreq(x.shape[-1], device=x.device).abs() * 2  # 1 is the highest along an axis
     radius = (frequency[:, None].square() + frequency.square()).sqrt()
     edges = [0.0, 1 / 8, 1 / 4, 1 / 2, 2.0]
@@ -138,6 +140,15 @@ def noise_mad(x):
     """
     r = _mask_response(x)
     return (r - r.median(1, keepdim=True).values).abs().median(1).values / 0.6744897501960817 / 6
+
+
+def estimate_noise(data, above):
+    """noise_mad of every image of a data.CorruptedImages as it is -> (N,) float32, 0 where it is <= above."""
+    sigma = torch.empty(len(data), device=data.device)
+    parts = torch.arange(len(data), device=data.device).split(500)
+    for index in tqdm(parts, "estimate the noise", leave=False, disable=len(parts) == 1):
+        sigma[index] = noise_mad(data.batch(index))
+    return torch.where(sigma > above, sigma, 0)
 
 
 def _mask_response(x):
@@ -262,6 +273,7 @@ def cli(main):
     TRACEBACK=1 in the environment shows where it came from.
     """
     def refuse(parser, message):  # argparse would print its usage, of up to 20 lines, first
+        message = re.sub(r"^argument (\S+): (?=\S+: )", r"\1 ", message)  # --p 1.5: must lie in ..
         parser.exit(2, f"{parser.prog}: {message}; see --help\n")
 
     argparse.ArgumentParser.error = refuse

@@ -111,7 +111,7 @@ def test_resume_in_either_phase_equals_uninterrupted(stop, tmp_path, monkeypatch
     late = "--robust adv --reg-last 0.5 --reg-share 0.25".split()
     args = [*SMALL, *NOISY, *late, "--iters", 10, "--warmup", 2]
     assert call(train, *args, "--out", tmp_path / "whole") == 0
-    update, done = train.update, []
+    update, done = train.train_step, []
 
     def stopping(*inputs):
         done.append(1)
@@ -119,7 +119,7 @@ def test_resume_in_either_phase_equals_uninterrupted(stop, tmp_path, monkeypatch
             os.kill(os.getpid(), signal.SIGTERM)
         return update(*inputs)
 
-    monkeypatch.setattr(train, "update", stopping)
+    monkeypatch.setattr(train, "train_step", stopping)
     assert call(train, *args, "--out", tmp_path / "parts") == 0
     assert weights(tmp_path / "parts")[1]["step"] == stop
     assert call(train, "--resume", "--out", tmp_path / "parts", "--device", "cpu") == 0
@@ -164,7 +164,7 @@ def test_resume_across_memory_layouts(tmp_path):
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 900])
 
     def step(run):
-        train.update(run, args, 5, [(x, t, x.flip(0), None, None)])
+        train.train_step(run, args, 5, [dict(x0=x, t=t, eps=x.flip(0))])
         return [p.detach().contiguous() for p in run.params]
 
     run = train.prepare(copy.deepcopy(net).to(memory_format=torch.channels_last), args, torch.device("cpu"))
@@ -401,11 +401,11 @@ def test_noise_is_estimated_from_the_corrupted_images():
     from data import CorruptedImages, synthetic_butterflies
 
     data = CorruptedImages(synthetic_butterflies(700, 16)[0], None, 0.9, 0.2)
-    sigma = train.estimate_noise(data, 0.1)
+    sigma = metrics.estimate_noise(data, 0.1)
     assert torch.equal(sigma > 0, data.corrupted)
     assert sigma[data.corrupted].mean().item() == pytest.approx(0.21, abs=0.02)
     torch.testing.assert_close(sigma[data.corrupted], metrics.noise_mad(data.batch(torch.arange(700)))[data.corrupted])
-    assert (train.estimate_noise(data, 10) == 0).all()
+    assert (metrics.estimate_noise(data, 10) == 0).all()
 
 
 def test_train_refuses_senseless_rivals(capsys, tmp_path):
@@ -430,7 +430,7 @@ def test_train_refuses_senseless_rivals(capsys, tmp_path):
 def test_draw_numbers_have_their_distributions():
     """t uniform on 0..T-1, beta on [0.5, 2], u on [-1, 1], eps standard normal, half the images mirrored; new in each step."""
     g, n = torch.Generator(), 4000
-    flip, t, eps, beta, u = train.draw_numbers(g, 5, 7, 1000, n, 8)
+    flip, t, beta, eps, u = train.draw_numbers(g, 5, 7, 1000, n, 8).values()
     assert abs(flip.double().mean() - 0.5) < 0.04 and t.min() >= 0 and t.max() <= 999
     for x, low, high in ((t.double(), 0, 999), (beta.double(), 0.5, 2), (u.double().flatten(), -1, 1)):
         x = ((x - low) / (high - low)).sort().values
@@ -438,14 +438,14 @@ def test_draw_numbers_have_their_distributions():
     assert eps.shape == u.shape == (n, 3, 8, 8) and abs(eps.mean()) < 0.005 and abs(eps.var() - 1) < 0.01
     assert abs(eps.double().pow(4).mean() - 3) < 0.06
     again, other = (train.draw_numbers(g, 5, step, 1000, n, 8) for step in (7, 8))
-    assert torch.equal(eps, again[2]) and not torch.equal(eps, other[2]) and (t != other[1]).float().mean() > 0.99
+    assert torch.equal(eps, again["eps"]) and not torch.equal(eps, other["eps"]) and (t != other["t"]).float().mean() > 0.99
 
 
 def test_no_flip_mirrors_nothing(tmp_path, monkeypatch, no_pictures):
     """The batch is then what the set gives without flips; by default about half of it is mirrored."""
-    batches, real = {}, train.loss_of
+    batches, real = {}, train.ddpm_loss
     for flag in ("--flip", "--no-flip"):
-        monkeypatch.setattr(train, "loss_of", lambda *a, flag=flag, **kw: batches.update({flag: a[3]}) or real(*a, **kw))
+        monkeypatch.setattr(train, "ddpm_loss", lambda *a, flag=flag: batches.update({flag: a[2]}) or real(*a))
         assert call(train, *SMALL, *NOISY, "--batch-size", 64, "--iters", 1, flag, "--out", tmp_path / flag) == 0
     same = (batches["--flip"] == batches["--no-flip"]).flatten(1).all(1)
     mirrored = (batches["--flip"].flip(3) == batches["--no-flip"]).flatten(1).all(1)
@@ -473,8 +473,8 @@ def test_update_is_adam_with_warmup_clipping_and_a_ramped_average():
         g = torch.Generator().manual_seed(step)
         x0, eps = (size * torch.randn(6, 2, 2, 2, dtype=torch.float64, generator=g) for _ in range(2))
         t = torch.randint(1000, (6,), generator=g)
-        parts = [(x0[i : i + 3], t[i : i + 3], eps[i : i + 3], None, None) for i in (0, 3)]
-        logged = train.update(run, args, step, parts)
+        parts = [dict(x0=x0[i : i + 3], t=t[i : i + 3], eps=eps[i : i + 3]) for i in (0, 3)]
+        logged = train.train_step(run, args, step, parts)
         a = abar[t].view(-1, 1, 1, 1)
         x, e = (v.transpose(0, 1).flatten(1).numpy() for v in (a.sqrt() * x0 + (1 - a).sqrt() * eps, eps))
         r = w[:, None] * x - e
@@ -559,8 +559,8 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("flags", [
-    "none --corrupt blur --p 0.9 --sigma 1", "ran --drop-noisy --p 0.5 --sigma 0.3", "adv --accum 2 --p 0.9 --sigma 0.2",
-    "inv-adv --corrupt patch --p 0.9 --sigma 0.5", "ambient --corrupt salt-pepper --p 0.9 --sigma 0.2",
+    "none --corrupt blur --p 0.9 --sigma 1", "ran --reg-last 1 --drop-noisy --p 0.5 --sigma 0.3",
+    "adv --reg-last 1 --accum 2 --p 0.9 --sigma 0.2", "inv-adv --reg-last 1 --corrupt patch --p 0.9 --sigma 0.5", "ambient --corrupt salt-pepper --p 0.9 --sigma 0.2",
     "huber --corrupt outliers --p 0.9", "addt --init CHECKPOINT --classifier CLASSIFIER"])
 def test_step_never_waits_for_the_device(flags, checkpoint, classifiers, tmp_path, monkeypatch, no_pictures):
     """From the first draw of a run to its last: two whole rounds of the loop, the draws, the update and what is logged."""
