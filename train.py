@@ -234,11 +234,13 @@ def phase(args, step):
     """-> whether the regulariser acts, steps since the phase began, its rate, its warm-up.
 
     Before the last share --reg-last of --iters, training is plain DDPM. The second phase warms up
-    and averages the weights anew: the average would hold those of the first for too long (ours).
+    anew, its rate falls linearly to 0, and the average of the weights starts anew, which would hold
+    those of the first phase for too long (all ours).
     """
     begin = change(args)
     if 0 < begin <= step:
-        return True, step - begin, args.lr * args.reg_lr, args.warmup // 10
+        left = (args.iters - step) / (args.iters - begin)
+        return True, step - begin, args.lr * args.reg_lr * left, args.warmup // 10
     return begin == 0, step, args.lr, args.warmup
 
 

@@ -560,7 +560,8 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("flags", [
     "none --corrupt blur --p 0.9 --sigma 1", "ran --reg-last 1 --drop-noisy --p 0.5 --sigma 0.3",
-    "adv --reg-last 1 --accum 2 --p 0.9 --sigma 0.2", "inv-adv --reg-last 1 --corrupt patch --p 0.9 --sigma 0.5", "ambient --corrupt salt-pepper --p 0.9 --sigma 0.2",
+    "adv --reg-last 1 --accum 2 --p 0.9 --sigma 0.2", "inv-adv --reg-last 1 --corrupt patch --p 0.9 --sigma 0.5",
+    "ambient --corrupt salt-pepper --p 0.9 --sigma 0.2",
     "huber --corrupt outliers --p 0.9", "addt --init CHECKPOINT --classifier CLASSIFIER"])
 def test_step_never_waits_for_the_device(flags, checkpoint, classifiers, tmp_path, monkeypatch, no_pictures):
     """From the first draw of a run to its last: two whole rounds of the loop, the draws, the update and what is logged."""
