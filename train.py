@@ -237,11 +237,14 @@ def loss_of(model, schedule, args, x0, t, eps, beta, u, y=None, sigma_y=None, cl
 def prepare(net, args, device, world=1, backend=None):
     """What `update` works on: the network, its average and their optimizer; backend: that of torch.compile, if any."""
     params, adam = list(net.parameters()), dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW)[args.optimizer]
+    dtype = precision(device, args.amp)
+    model = net if dtype == torch.float32 else copy.deepcopy(net).cast(dtype)  # what computes
     return SimpleNamespace(
-        net=net, params=params, model=torch.compile(net, backend=backend, dynamic=False) if backend else net,
+        net=net, params=params, weights=list(model.parameters()),
+        model=torch.compile(model, backend=backend, dynamic=False) if backend else model,
         ema=copy.deepcopy(net).eval().requires_grad_(False), optimizer=adam(params, lr=args.lr, fused=True),
         schedule=NoiseSchedule().to(device), world=world, cast=autocast(device, args.amp),
-        scaler=torch.amp.GradScaler(device.type, enabled=precision(device, args.amp) == torch.float16))
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
 
 
 def update(run, args, step, parts, classifier=None):
@@ -250,10 +253,16 @@ def update(run, args, step, parts, classifier=None):
     for group in optimizer.param_groups:
         group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
     optimizer.zero_grad(set_to_none=True)
+    lowered = run.weights[0] is not run.params[0]
+    if lowered:  # cast once, for all forwards of the step
+        with torch.no_grad():
+            torch._foreach_copy_(run.weights, run.params)
     for part in parts:
         with run.cast:
             loss, terms = loss_of(run.model, run.schedule, args, *part, classifier=classifier)
         scaler.scale(loss / len(parts)).backward()
+        if lowered:
+            move_gradients(run.weights, run.params)
         logs.append(dict(loss=loss.detach(), **terms))
     if run.world > 1:
         average([p.grad for p in run.params], run.world)
@@ -266,11 +275,23 @@ def update(run, args, step, parts, classifier=None):
     return {k: sum(d[k] for d in logs) / len(parts) for k in logs[0]} | dict(grad_norm=grad_norm)
 
 
+def move_gradients(weights, params):
+    """The gradients of the weights, which are params in lower precision, become or are added to those of params."""
+    grads = [torch.empty_like(p) for p in params]
+    torch._foreach_copy_(grads, [w.grad for w in weights])
+    for w, p, grad in zip(weights, params, grads):
+        w.grad, p.grad = None, grad if p.grad is None else p.grad.add_(grad)
+
+
 def average(grads, world):
     """Gradients averaged over the processes. Not DDP: its hooks expect one forward per backward, the attack adds others."""
     flat = torch.cat([g.flatten() for g in grads])
-    dist.all_reduce(flat)
-    parts = (flat / world).split([g.numel() for g in grads])
+    if flat.is_cuda:  # NCCL divides on the way; gloo cannot
+        dist.all_reduce(flat, op=dist.ReduceOp.AVG)
+    else:
+        dist.all_reduce(flat)
+        flat /= world
+    parts = flat.split([g.numel() for g in grads])
     torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
 
 
@@ -363,8 +384,9 @@ def main():
 
     def grid(step):
         if rank == 0:
+            net = copy.deepcopy(run.ema).cast(precision(device, args.amp))
             with run.cast:
-                x0 = generate(run.ema, run.schedule, range(64), data.shape, args.seed, device, "ddim", steps=50)
+                x0 = generate(net, run.schedule, range(64), data.shape, args.seed, device, "ddim", steps=50)
             save_grid(x0, out / f"grid{step:07d}.png")
             (out / "grid.png").write_bytes((out / f"grid{step:07d}.png").read_bytes())
 
