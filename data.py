@@ -30,11 +30,11 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
 
 def philox(seed, index, stream, blocks):
-    """Philox4x32-10 (Salmon et al., 2011): seed int, index (B,) int64, stream int -> (B, blocks, 4) int64 in [0, 2^32)."""
+    """Philox4x32-10 (Salmon et al., 2011): seed int, index (B,) int64, stream int or tensor -> (B, blocks, 4) int64 < 2^32."""
     mask = 0xFFFFFFFF
     device = index.device
     index = index.view(-1, 1)
-    c = [torch.arange(blocks, device=device).expand(len(index), -1), torch.full_like(index, stream & mask),
+    c = [torch.arange(blocks, device=device).expand(len(index), -1), torch.zeros_like(index) + (stream & mask),
          index & mask, (index >> 32) & mask]
     k0, k1 = seed & mask, (seed >> 32) & mask
     for _ in range(10):

@@ -134,6 +134,10 @@ def memory(device):
 def average(grads, world):
     """Gradients averaged over the processes. Not DDP: it expects one forward per backward."""
     flat = torch.cat([g.flatten() for g in grads])
-    dist.all_reduce(flat)
-    parts = (flat / world).split([g.numel() for g in grads])
+    if flat.is_cuda:  # NCCL divides on the way; gloo cannot
+        dist.all_reduce(flat, op=dist.ReduceOp.AVG)
+    else:
+        dist.all_reduce(flat)
+        flat /= world
+    parts = flat.split([g.numel() for g in grads])
     torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])

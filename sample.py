@@ -85,38 +85,51 @@ def ddim_timesteps(T, steps=100):
     return list(zip(ts, ts[1:] + [-1]))
 
 
-def _run(model, schedule, x_T, pairs, step, noise, on_step):
+def _advance(step, noise, i, x, eps, abars, ts, ts_prev):
+    """x_{t-1} = step(x_t, eps, z, abar_t, abar_t_prev) with z = noise(i); ts, ts_prev (B,), abars at index t + 1."""
+    z = torch.randn_like(x) if noise is None else noise(i)
+    return step(x, eps.to(x.dtype), z, abars[ts + 1], abars[ts_prev + 1])
+
+
+@functools.cache
+def _compiled_advance():
+    return torch.compile(_advance, dynamic=False)
+
+
+def _run(model, schedule, x_T, pairs, step, noise, on_step, compiled):
     """x <- step(x, eps_theta(x, t), z, abar_t, abar_t_prev) over all pairs."""
     abars = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_bar.cpu()]).to(x_T.device)  # at index t + 1
-    x = x_T
+    advance, x = _compiled_advance() if compiled else _advance, x_T
     for i, (t, t_prev) in enumerate(pairs):
         ts = torch.full((len(x),), t, device=x.device)
         if on_step is not None:
             x = on_step(i, t, x)
-        z = torch.randn_like(x) if noise is None else noise(i)
-        x = step(x, model(x, ts).to(x.dtype), z, abars[ts + 1], abars[torch.full_like(ts, t_prev) + 1])
+        if compiled:  # as a tensor, since a compiled graph belongs to the values of its integers
+            i = torch.full((), i, device=x.device)
+        x = advance(step, noise, i, x, model(x, ts), abars, ts, torch.full_like(ts, t_prev))
     return x
 
 
 @torch.no_grad()
 def ddpm_sample(model, schedule, x_T, steps=None, spacing="respaced", clip=True, variance="fixed-large", noise=None,
-                on_step=None):
+                on_step=None, compiled=False):
     """Ancestral sampling (Eq. 5). steps: None for all T; spacing: see ddpm_timesteps; variance: see ddpm_step.
 
     clip: x^_0 to [-1, 1] (images), to [-clip, clip] for a number, False: not at all. noise(i): the z of step i, by default
     from the global generator.
-    on_step(i, t, x_t) -> x_t is called before the network at every step, to record or to perturb.
+    on_step(i, t, x_t) -> x_t is called before the network at every step, to record or to perturb. compiled: what follows the
+    network, noise(i) with a tensor i included, is one compiled graph (worth it on a GPU).
     """
     step = functools.partial(ddpm_step, clip=clip, variance=variance)
-    return _run(model, schedule, x_T, ddpm_timesteps(schedule.T, steps, spacing), step, noise, on_step)
+    return _run(model, schedule, x_T, ddpm_timesteps(schedule.T, steps, spacing), step, noise, on_step, compiled)
 
 
 @torch.no_grad()
-def ddim_sample(model, schedule, x_T, steps=100, eta=0.0, clip=True, noise=None, on_step=None):
+def ddim_sample(model, schedule, x_T, steps=100, eta=0.0, clip=True, noise=None, on_step=None, compiled=False):
     """DDIM (Song et al., 2021); eta = 0 uses no noise. The other arguments as in ddpm_sample."""
     step = functools.partial(ddim_step, eta=eta, clip=clip)
     zero = (lambda i: torch.zeros_like(x_T)) if eta == 0 else noise
-    return _run(model, schedule, x_T, ddim_timesteps(schedule.T, steps), step, zero, on_step)
+    return _run(model, schedule, x_T, ddim_timesteps(schedule.T, steps), step, zero, on_step, compiled)
 
 
 def heun_timesteps(schedule, steps=18, t_start=None, rho=7.0):
@@ -224,6 +237,8 @@ def generate(model, schedule, index, shape, seed, device, sampler="ddpm", **opti
         return image_noise(seed, index, stream, shape).contiguous(memory_format=torch.channels_last)
 
     run = dict(ddpm=ddpm_sample, ddim=ddim_sample, heun=heun_sample)[sampler]
+    if sampler != "heun":
+        options |= dict(compiled=index.is_cuda)
     return run(model, schedule, noise(0), noise=lambda i: noise(i + 1), **options)
 
 
@@ -334,7 +349,8 @@ def load_model(path, args, device):
             net, size, trained = UNet.load(ckpt, ema=not args.raw), ckpt["image_size"], ckpt["args"]
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None
-    net = net.to(device, memory_format=layout(device, args.amp)).eval()
+    dtype = precision(torch.device(device), args.amp)
+    net = net.to(device, memory_format=layout(device, args.amp)).eval().cast(dtype)
     if args.compile or (args.compile is None and device.type == "cuda"):
         net = torch.compile(net, mode="reduce-overhead" if device.type == "cuda" else None)  # CUDA graphs
     return net, args.image_size or size, trained

@@ -266,17 +266,22 @@ def draw_numbers(generator, seed, step, T, B, size):
 
 
 def prepare(net, args, device, world=1, backend=None):
-    """What `train_step` works on; backend: that of torch.compile, if any."""
+    """What `train_step` works on; backend: that of torch.compile, if any.
+
+    params: the float32 weights; weights: those that compute, their copies in lower precision unless
+    that is float32.
+    """
     optimizer = dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW)[args.optimizer]
     params = list(net.parameters())
-    fp16 = precision(device, args.amp) == torch.float16
+    dtype = precision(device, args.amp)
+    model = net if dtype == torch.float32 else copy.deepcopy(net).cast(dtype)
     return SimpleNamespace(
-        net=net, params=params, world=world,
-        model=torch.compile(net, backend=backend, dynamic=False) if backend else net,
+        net=net, params=params, weights=list(model.parameters()), world=world,
+        model=torch.compile(model, backend=backend, dynamic=False) if backend else model,
         ema=copy.deepcopy(net).eval().requires_grad_(False),
         optimizer=optimizer(params, lr=args.lr, fused=True),
         schedule=NoiseSchedule().to(device), cast=autocast(device, args.amp),
-        scaler=torch.amp.GradScaler(device.type, enabled=fp16))
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
 
 
 def train_step(state, args, step, batches, classifier=None):
@@ -290,12 +295,18 @@ def train_step(state, args, step, batches, classifier=None):
     for group in state.optimizer.param_groups:
         group["lr"] = rate * min(1.0, (since + 1) / max(1, warmup))
     state.optimizer.zero_grad(set_to_none=True)
+    lower_precision = state.weights[0] is not state.params[0]
+    if lower_precision:  # cast once, for all forwards of the step
+        with torch.no_grad():
+            torch._foreach_copy_(state.weights, state.params)
     logs = []
     for batch in batches:
         with state.cast:
             loss, terms = objective(
                 state.model, state.schedule, args, classifier=classifier, **batch)
         state.scaler.scale(loss / len(batches)).backward()
+        if lower_precision:
+            move_gradients(state.weights, state.params)
         logs.append(dict(loss=loss.detach(), **terms))
     if state.world > 1:
         average([p.grad for p in state.params], state.world)
@@ -309,6 +320,15 @@ def train_step(state, args, step, batches, classifier=None):
         torch._foreach_lerp_(list(state.ema.parameters()), state.params, 1 - decay)
     means = {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
     return means | dict(grad_norm=grad_norm)
+
+
+def move_gradients(weights, params):
+    """Add the gradients of the weights in lower precision to those of their float32 originals."""
+    grads = [torch.empty_like(p) for p in params]
+    torch._foreach_copy_(grads, [w.grad for w in weights])
+    for weight, p, grad in zip(weights, params, grads):
+        weight.grad = None
+        p.grad = grad if p.grad is None else p.grad.add_(grad)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -563,8 +583,9 @@ def advice(path, saved):
 def grid(out, step, state, data, args, device, rank):
     """64 images of the averaged weights by 50-step DDIM."""
     if rank == 0:
+        net = copy.deepcopy(state.ema).cast(precision(device, args.amp))
         with state.cast:
-            x0 = generate(state.ema, state.schedule, range(64), data.shape, args.seed, device,
+            x0 = generate(net, state.schedule, range(64), data.shape, args.seed, device,
                           "ddim", steps=50)
         save_grid(x0, out / f"grid{step:07d}.png")
         (out / "grid.png").write_bytes((out / f"grid{step:07d}.png").read_bytes())

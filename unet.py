@@ -59,9 +59,10 @@ class ResBlock(nn.Module):
         self.conv2 = conv3x3(c_out, c_out)
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x, emb):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.emb(emb)[:, :, None, None]
+    def forward(self, x, shift):
+        """shift (B, c_out): self.emb of the time embedding, which UNet.shifts computes for all blocks at once."""
+        h = F.conv2d(F.silu(self.norm1(x)), self.conv1.weight, padding=1)
+        h = h + (shift + self.conv1.bias)[:, :, None, None]  # one gradient over the pixels for both
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return self.skip(x) + h
 
@@ -151,29 +152,43 @@ class UNet(nn.Module):
             if zero:
                 nn.init.zeros_(getattr(m, zero).weight)
 
+    def cast(self, dtype):
+        """The weights of convolutions and linear layers cast in place, for use under autocast, which need not any more."""
+        for m in self.modules():
+            if isinstance(m, (nn.Conv2d, nn.Linear)):
+                m.to(dtype)
+        return self
+
+    def shifts(self, emb):
+        """self.emb of every residual block, as one product: an iterator over (B, c_out)."""
+        blocks = [res for level in (*self.down, self.mid, *self.up) for res in level.res]
+        weight = torch.cat([res.emb.weight for res in blocks])
+        bias = torch.cat([res.emb.bias for res in blocks])
+        return iter(F.linear(emb, weight, bias).split([len(res.emb.bias) for res in blocks], dim=1))
+
     def forward(self, x, t):
         if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
             raise ValueError(f"image size {x.shape[-2]}x{x.shape[-1]} does not divide by {self.factor}, as this network needs")
         x = x.contiguous(memory_format=layout_of(self.conv_in.weight))
         emb = timestep_embedding(t, self.time[0].in_features).to(self.time[0].weight.dtype)
-        emb = F.silu(self.time(emb))  # (B, 4 c0)
+        shifts = self.shifts(F.silu(self.time(emb)))
 
         h = self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
         hs = [h]
         for level in self.down:
             for res, attn in zip(level.res, level.attn):
-                h = attn(res(h, emb))
+                h = attn(res(h, next(shifts)))
                 hs.append(h)
             if level.resample is not None:
                 h = level.resample(F.pad(h, (0, 1, 0, 1)))  # right and bottom only, as in DDPM's TensorFlow code
                 hs.append(h)
 
         for res, attn in zip(self.mid.res, self.mid.attn):
-            h = attn(res(h, emb))
+            h = attn(res(h, next(shifts)))
 
         for level in self.up:
             for res, attn in zip(level.res, level.attn):
-                h = attn(res(torch.cat([h, hs.pop()], dim=1), emb))
+                h = attn(res(torch.cat([h, hs.pop()], dim=1), next(shifts)))
             if level.resample is not None:
                 h = level.resample(F.interpolate(h, scale_factor=2.0, mode="nearest"))
         h = self.conv_out(F.silu(self.norm_out(h)))
