@@ -128,7 +128,7 @@ def ddpm_sample(model, schedule, x_T, steps=None, spacing="respaced", clip=True,
 def ddim_sample(model, schedule, x_T, steps=100, eta=0.0, clip=True, noise=None, on_step=None, compiled=False):
     """DDIM (Song et al., 2021); eta = 0 uses no noise. The other arguments as in ddpm_sample."""
     step = functools.partial(ddim_step, eta=eta, clip=clip)
-    zero = (lambda i: torch.zeros_like(x_T)) if eta == 0 else noise
+    zero = (lambda i: 0.0) if eta == 0 else noise
     return _run(model, schedule, x_T, ddim_timesteps(schedule.T, steps), step, zero, on_step, compiled)
 
 
