@@ -232,7 +232,8 @@ def against(args, device, draw):
 
 def sampling(args, device, draw):
     """A few network calls of each sampler are timed; the numbers for whole samples are computed from them, not measured."""
-    net, schedule = new_net(args, device).eval(), NoiseSchedule().to(device)
+    net = new_net(args, device).eval().cast(precision(device, args.amp))  # as sample.py
+    schedule = NoiseSchedule().to(device)
     mode = "reduce-overhead" if device.type == "cuda" else None  # as sample.py
     model = torch.compile(net, mode=mode) if args.backend else net
     shape, B = draw(0)[0].shape[1:], args.batch_size
@@ -390,6 +391,7 @@ def kernels(args, device, draw):
 
             row(f"{method}, B = {B}", *pretended.record(make, CPU))
         eval_net = pretended.fake_parameters(UNet(**PRESETS[args.model]), CUDA).eval().requires_grad_(False)
+        eval_net.cast(precision(CUDA, amp))  # as sample.py
 
         def sample(steps):
             model, schedule = torch.compile(eval_net), NoiseSchedule().to(CUDA)
