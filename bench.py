@@ -5,6 +5,7 @@
     python bench.py --against diffusers --batch-size 8 --threads 1        # UNet2DModel of equal shape, side by side
     python bench.py --what scaling --processes 8                          # 1, 2, 4, 8 processes; --nodes 2: as two nodes
     python bench.py --what profile --methods none adv                     # where the time goes; host syncs per step
+    python bench.py --what kernels --methods none ran adv                 # what a step launches on a GPU; needs none
 
 The claim (P1): a step of Robust_adv costs 2.5 times one of DDPM. In FLOPs it is 8 / 3: three forwards (the attack reuses the
 clean one), two full backwards of twice a forward each, and the attack's, which leaves out the weights. What is timed is
@@ -35,9 +36,11 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import kernels as pretended
 import metrics
 import train
 from data import CorruptedImages, Order, load_images
+from kernels import CPU, CUDA
 from losses import NoiseSchedule
 from runtime import memory
 from sample import autocast, generate, heun_timesteps, layout, precision, setup
@@ -233,7 +236,8 @@ def against(args, device, draw):
 
 def sampling(args, device, draw):
     """A few network calls of each sampler are timed; the numbers for whole samples are computed from them, not measured."""
-    net, schedule = new_net(args, device).eval(), NoiseSchedule().to(device)
+    net = new_net(args, device).eval().cast(precision(device, args.amp))  # as sample.py
+    schedule = NoiseSchedule().to(device)
     mode = "reduce-overhead" if device.type == "cuda" else None  # as sample.py
     model = torch.compile(net, mode=mode) if args.backend else net
     shape, B = draw(0)["x0"].shape[1:], args.batch_size
@@ -353,8 +357,62 @@ def profile(args, device, draw):
     return []
 
 
+def kernels(args, device, draw):
+    """What a step launches on a GPU, read from Inductor's code for a pretended H200 (see kernels.py): nothing is run.
+
+    triton: generated kernels; small: those that move less than 2 MB; copies: those that only cast or copy one parameter;
+    library: products, convolutions and attentions; eager: operators outside the compiled graphs. GB are those of triton
+    and eager. ms: if every kernel is bound by --bandwidth or --peak, and takes --shortest at least (ours).
+    """
+    amp, codes, rows = "bf16" if args.amp == "auto" else args.amp, {}, []
+
+    def row(name, eager, calls):
+        triton, library = [], []
+        for key, call in [(pretended.key_of(*call), call) for call in calls]:
+            if key not in codes:
+                codes[key] = pretended.code_of(*call)
+            for code in codes[key]:
+                triton += [k for k in pretended.triton_kernels(code.text) for _ in range(k.launches)]
+                library += pretended.externs(code)
+        work = [(0, k.gb) for k in triton] + [(0, gb) for _, gb in eager] + library
+        rows.append(dict(
+            section="kernels", name=name, triton=len(triton), small=sum(k.gb < 2e-3 for k in triton),
+            copies=sum(k.copies and k.size in sizes for k in triton), library=len(library), eager=len(eager),
+            GB=sum(gb for flop, gb in work if not flop), GFLOP=sum(flop for flop, _ in work),
+            ms=sum(max(flop / args.peak, gb / args.bandwidth, 1e-3 * args.shortest) for flop, gb in work)))
+
+    with pretended.pretended_gpu() as mode, mode:
+        B, S = args.batch_size, args.image_size
+        net = pretended.fake_parameters(UNet(**PRESETS[args.model]), CPU)
+        sizes = {p.numel() for p in net.parameters()}
+        for method in args.methods:
+            x0, eps, u = (torch.empty(B, S, S, 3).permute(0, 3, 1, 2) for _ in range(3))
+            batch = x0, torch.zeros(B, dtype=torch.int64), eps, torch.ones(B), u
+
+            def make(method=method, batch=batch):
+                step = training(net, CPU, amp, "inductor")
+                return lambda: step(method, *batch)
+
+            row(f"{method}, B = {B}", *pretended.record(make, CPU))
+        eval_net = pretended.fake_parameters(UNet(**PRESETS[args.model]), CUDA).eval().requires_grad_(False)
+        eval_net.cast(precision(CUDA, amp))  # as sample.py
+
+        def sample(steps):
+            model, schedule = torch.compile(eval_net), NoiseSchedule().to(CUDA)
+            index = torch.zeros(16, dtype=torch.int64, device=CUDA)
+
+            def call():
+                with autocast(CUDA, amp):
+                    generate(model, schedule, index, (3, S, S), 0, CUDA, "ddpm", steps=steps)
+            return call
+
+        one, two = (pretended.record(lambda n=n: sample(n), CUDA) for n in (1, 2))
+        row("sampling step, B = 16", *(b[len(a):] for a, b in zip(one, two)))
+    return rows
+
+
 SECTIONS = dict(methods=methods, modes=modes, against=against, sampling=sampling, loader=loader, scaling=scaling,
-                profile=profile)
+                profile=profile, kernels=kernels)
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -380,6 +438,9 @@ def parse_args():
     add("--threads", type=int, metavar="N", help="CPU threads; default torch's, in scaling 1 per process")
     add("--repeats", type=int, default=5, help="rounds")
     add("--seconds-per", type=float, default=2.0, metavar="SEC", help="length of one measurement, at least one step")
+    add("--bandwidth", type=float, default=4.8, metavar="TB/s", help="kernels: of the memory; default: an H200's")
+    add("--peak", type=float, default=989.0, metavar="TFLOP/s", help="kernels: in bf16; default: an H200's")
+    add("--shortest", type=float, default=2.0, metavar="US", help="kernels: microseconds that any kernel takes")
     add("--processes", type=int, help="scaling: up to so many; default: the GPUs, or the CPU cores")
     add("--nodes", type=int, default=1, choices=[1, 2], help="scaling: 2 simulates two machines on this one")
     add("--out", default="out_bench")
@@ -436,8 +497,9 @@ def main():
         rows += SECTIONS[name](args, device, draw)
         torch.compiler.reset()
     write_tables(rows, out)
-    if rows:
-        plot(rows, out / "bench.png", args)
+    timed = [row for row in rows if "img_s" in row]
+    if timed:
+        plot(timed, out / "bench.png", args)
     metrics.write_metrics(out, started, seed=0, device=device, n=args.repeats, hardware=hardware(), rows=rows,
                           diffusers=getattr(sys.modules.get("diffusers"), "__version__", None),
                           args={k: v for k, v in vars(args).items() if k not in ("worker", "out")})

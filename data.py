@@ -46,14 +46,14 @@ def philox(seed, index, stream, blocks):
 
 def image_uniform(seed, index, stream, shape):
     """As `image_noise`, uniform on (0, 1]: its logarithm is finite."""
-    n = int(np.prod(shape))
+    n = math.prod(shape)
     bits = philox(seed, index, stream, -(-n // 4)).flatten(1)[:, :n].reshape(-1, *shape)
     return ((bits >> 8).float() + 0.5) * 2**-24
 
 
 def image_noise(seed, index, stream, shape):
     """Standard normal noise (B, *shape) float32 in which row i depends on (seed, index[i], stream) alone (Box-Muller)."""
-    n = int(np.prod(shape))
+    n = math.prod(shape)
     u = image_uniform(seed, index, stream, (-(-n // 4), 4))
     r, phi = (-2 * u[..., :2].log()).sqrt(), 2 * np.pi * u[..., 2:]
     return torch.cat([r * phi.cos(), r * phi.sin()], dim=-1).flatten(1)[:, :n].reshape(-1, *shape)

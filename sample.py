@@ -91,15 +91,10 @@ def _advance(step, noise, i, x, eps, abars, ts, ts_prev):
     return step(x, eps.to(x.dtype), z, abars[ts + 1], abars[ts_prev + 1])
 
 
-@functools.cache
-def _compiled_advance():
-    return torch.compile(_advance, dynamic=False)
-
-
 def _run(model, schedule, x_T, pairs, step, noise, on_step, compiled):
     """x <- step(x, eps_theta(x, t), z, abar_t, abar_t_prev) over all pairs."""
     abars = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_bar.cpu()]).to(x_T.device)  # at index t + 1
-    advance, x = _compiled_advance() if compiled else _advance, x_T
+    advance, x = torch.compile(_advance, dynamic=False) if compiled else _advance, x_T
     for i, (t, t_prev) in enumerate(pairs):
         ts = torch.full((len(x),), t, device=x.device)
         if on_step is not None:
@@ -128,7 +123,7 @@ def ddpm_sample(model, schedule, x_T, steps=None, spacing="respaced", clip=True,
 def ddim_sample(model, schedule, x_T, steps=100, eta=0.0, clip=True, noise=None, on_step=None, compiled=False):
     """DDIM (Song et al., 2021); eta = 0 uses no noise. The other arguments as in ddpm_sample."""
     step = functools.partial(ddim_step, eta=eta, clip=clip)
-    zero = (lambda i: torch.zeros_like(x_T)) if eta == 0 else noise
+    zero = (lambda i: 0.0) if eta == 0 else noise
     return _run(model, schedule, x_T, ddim_timesteps(schedule.T, steps), step, zero, on_step, compiled)
 
 

@@ -64,7 +64,7 @@ class ResBlock(nn.Module):
     def forward(self, x, shift):
         """shift (B, c_out): self.emb of the time embedding, which UNet.shifts computes for all blocks at once."""
         h = F.conv2d(F.silu(self.norm1(x)), self.conv1.weight, padding=1)
-        h = h + (shift + self.conv1.bias)[:, :, None, None]  # one gradient over the pixels for both
+        h = h + (shift + self.conv1.bias.to(shift.dtype))[:, :, None, None]  # one sum over pixels in the backward
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return self.skip(x) + h
 
@@ -159,10 +159,13 @@ class UNet(nn.Module):
                 nn.init.zeros_(getattr(m, zero).weight)
 
     def cast(self, dtype):
-        """The weights of convolutions and linear layers cast in place, for use under autocast, which need not any more."""
+        """The parameters of convolutions and linear layers cast, once, as autocast would at every call -> this network.
+
+        For use under autocast still: all else remains in float32.
+        """
         for m in self.modules():
             if isinstance(m, (nn.Conv2d, nn.Linear)):
-                m.to(dtype)
+                m.weight, m.bias = (nn.Parameter(p.detach().to(dtype), p.requires_grad) for p in (m.weight, m.bias))
         return self
 
     def shifts(self, emb):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import image_noise
 from losses import NoiseSchedule
 from sample import ddim_sample, ddim_timesteps, ddpm_sample, ddpm_timesteps, heun_sample, heun_timesteps
 
@@ -215,6 +216,36 @@ def test_spacing_on_gaussian_data(variance):
         assert ours == pytest.approx((mean.item(), cov.item()), rel=1e-9)
         near = abs(ours[0] - 0.5) < 0.01 and abs(ours[1] - 0.25) < 0.05
         assert near == (spacing == "respaced"), ours
+
+
+# one graph ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler, options", [
+    (ddpm_sample, {}), (ddpm_sample, dict(spacing="naive", variance="fixed-small", clip=False)), (ddim_sample, {}),
+    (ddim_sample, dict(eta=1.0))])
+def test_compiled_step_is_one_graph_for_all_steps(sampler, options, monkeypatch):
+    """Noise and update are one graph without a break; neither another step, batch nor number of steps compiles another."""
+    graphs, compile_ = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile_(f, **kw, backend=backend, fullgraph=True))
+    torch.compiler.reset()
+    for first, steps in ((0, 3), (5, 7)):
+        index = torch.arange(first, first + 4)
+
+        def noise(stream, index=index):
+            return image_noise(3, index, stream, (3, 4, 4))
+
+        def run(compiled, steps=steps, noise=noise):
+            return sampler(toy_eps, SCHEDULE, noise(0), steps, noise=lambda i: noise(i + 1), compiled=compiled, **options)
+
+        expected = run(False)
+        assert expected.std() > 0.1 and torch.equal(run(True), expected)
+    assert len(graphs) == 1
 
 
 # details of the loop -------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import metrics
 import sample
 import train
 from data import CorruptedImages, Order, load_images
+from unet import UNet
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--model tiny --image-size 8 --data synthetic:64 --batch-size 8 --device cpu --sample-every 0 --log-every 1".split()
@@ -491,6 +492,28 @@ def test_update_is_adam_with_warmup_clipping_and_a_ramped_average():
         np.testing.assert_allclose(net.w.detach().numpy(), w, rtol=1e-9)
         np.testing.assert_allclose(run.ema.w.numpy(), average, rtol=1e-9)
     assert clipped == [True, False, True]
+
+
+@pytest.mark.parametrize("method", ["none", "adv"])
+def test_bf16_update_is_autocast(method):
+    """Weights cast once per step give the gradients and steps of autocast, which casts them at every call; two parts."""
+    torch.manual_seed(0)
+    net = UNet(channels=(32, 32), attention=(False, True), blocks=1, dropout=0.0)
+    torch.nn.init.normal_(net.conv_out.weight, std=0.1)
+    args = train.parse_args(f"--lr 0.01 --warmup 0 --clip-grad 0 --amp bf16 --robust {method}".split())
+    run, plain = (train.prepare(copy.deepcopy(net), args, torch.device("cpu")) for _ in range(2))
+    plain.model, plain.weights = plain.net, plain.params  # as in --amp fp32, but under autocast
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        _, *numbers = train.draw_numbers(generator, 0, step, 1000, 4, 8)
+        x0 = torch.randn(4, 3, 8, 8, generator=generator)
+        parts = [[v[i : i + 2] for v in (x0, *numbers)] for i in (0, 2)]
+        ours, theirs = (train.update(r, args, step, parts) for r in (run, plain))
+        assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=0 if method == "none" else 0.02)
+        for p, q in zip(run.params, plain.params) if step == 0 or method == "none" else ():
+            assert p.grad.dtype == torch.float32  # "adv" sums the gradients of two forwards in bf16
+            assert (p.grad - q.grad).norm() <= (0 if method == "none" else 0.01) * q.grad.norm()
+    assert not torch.equal(run.params[0], net.conv_in.weight) and run.ema.conv_in.weight.dtype == torch.float32
 
 
 @pytest.fixture(scope="module")
