@@ -12,7 +12,7 @@ regulariser acts in the last share --reg-last of the steps, on a share --reg-sha
 
 Leaves --out/ckpt.pt (raw and EMA weights, optimizer, settings), metrics.jsonl, loss.png, grid.png
 and metrics.json. All randomness is a function of (--seed, step): a resumed run equals an
-uninterrupted one and, without dropout and ADDT, 2 processes equal one.
+uninterrupted one and, but for ADDT, 2 processes equal one.
 """
 
 import argparse
@@ -276,7 +276,7 @@ def prepare(net, args, device, world=1, backend=None):
     dtype = precision(device, args.amp)
     model = net if dtype == torch.float32 else copy.deepcopy(net).cast(dtype)
     return SimpleNamespace(
-        net=net, params=params, weights=list(model.parameters()), world=world,
+        net=net, params=params, computing=model, weights=list(model.parameters()), world=world,
         model=torch.compile(model, backend=backend, dynamic=False) if backend else model,
         ema=copy.deepcopy(net).eval().requires_grad_(False),
         optimizer=optimizer(params, lr=args.lr, fused=True),
@@ -287,7 +287,7 @@ def prepare(net, args, device, world=1, backend=None):
 def train_step(state, args, step, batches, classifier=None):
     """One update on a batch in parts -> scalars to log, on the device: nothing here waits for it.
 
-    batches: dicts of x0, t, eps, beta, u and, if the objective reads them, y and sigma_y.
+    batches: dicts of x0, t, eps, beta, u and, if they are read, y, sigma_y, keys (of dropout).
     """
     acts, since, rate, warmup = phase(args, step)
     late = "reg_last" in OBJECTIVES[args.robust][1]
@@ -301,6 +301,7 @@ def train_step(state, args, step, batches, classifier=None):
             torch._foreach_copy_(state.weights, state.params)
     logs = []
     for batch in batches:
+        state.computing.mask_keys = batch.get("keys")
         with state.cast:
             loss, terms = objective(
                 state.model, state.schedule, args, classifier=classifier, **batch)
@@ -373,7 +374,7 @@ def main():
               disable=rank > 0) as bar:
         while step < args.iters and not interrupt.asked(step):
             numbers = batches(step)
-            if args.dropout > 0 or args.robust == "addt":  # ADDT draws as it goes
+            if args.robust == "addt":  # it draws as it goes
                 torch.manual_seed(seed_at(args.seed, step, stream=3 + rank))
             log.add(train_step(state, args, step, numbers, classifier))  # Algorithm 1
             step += 1
@@ -448,6 +449,9 @@ class Batches:
             index = rows[mine] if self.kept is None else self.kept[rows[mine]]
             batch = {name: value[mine] for name, value in numbers.items()}
             batch["x0"] = self.data.batch(index, flip[mine] if args.flip else None)
+            if args.dropout > 0:  # one mask per row and step, whatever the division
+                keys = torch.arange(i, B, parts, device=self.device)
+                batch["keys"] = keys + seed_at(args.seed, step, stream=4)
             index = index.to(self.device, non_blocking=True)
             if args.classifier:
                 batch["y"] = self.data.labels[index]

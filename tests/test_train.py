@@ -187,7 +187,7 @@ def test_resume_across_memory_layouts(tmp_path):
 
 def test_two_processes_and_accumulation_equal_one_process(tmp_path):
     """Sums are taken in another order, and Adam divides gradients near 0 by their own size: hence the small --lr."""
-    args = [*SMALL, *NOISY, *ADV, "--iters", "5", "--warmup", "0", "--lr", "1e-4"]
+    args = [*SMALL, *NOISY, *ADV, "--iters", "5", "--warmup", "0", "--lr", "1e-4", "--dropout", "0.1"]
     torchrun("train.py", *args, "--out", tmp_path / "two")
     assert call(train, *args, "--accum", 4, "--out", tmp_path / "accum") == 0
     assert call(train, *args, "--out", tmp_path / "one") == 0
@@ -500,15 +500,16 @@ def test_bf16_update_is_autocast(method):
     torch.manual_seed(0)
     net = UNet(channels=(32, 32), attention=(False, True), blocks=1, dropout=0.0)
     torch.nn.init.normal_(net.conv_out.weight, std=0.1)
-    args = train.parse_args(f"--lr 0.01 --warmup 0 --clip-grad 0 --amp bf16 --robust {method}".split())
+    paper = [] if method == "none" else "--reg-last 1 --reg-share 1".split()
+    args = train.parse_args([*f"--lr 0.01 --warmup 0 --clip-grad 0 --amp bf16 --robust {method}".split(), *paper])
     run, plain = (train.prepare(copy.deepcopy(net), args, torch.device("cpu")) for _ in range(2))
     plain.model, plain.weights = plain.net, plain.params  # as in --amp fp32, but under autocast
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
-        _, *numbers = train.draw_numbers(generator, 0, step, 1000, 4, 8)
-        x0 = torch.randn(4, 3, 8, 8, generator=generator)
-        parts = [[v[i : i + 2] for v in (x0, *numbers)] for i in (0, 2)]
-        ours, theirs = (train.update(r, args, step, parts) for r in (run, plain))
+        numbers = train.draw_numbers(generator, 0, step, 1000, 4, 8)
+        numbers["x0"] = torch.randn(4, 3, 8, 8, generator=generator)
+        parts = [{k: v[i : i + 2] for k, v in numbers.items()} for i in (0, 2)]
+        ours, theirs = (train.train_step(r, args, step, parts) for r in (run, plain))
         assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=0 if method == "none" else 0.02)
         for p, q in zip(run.params, plain.params) if step == 0 or method == "none" else ():
             assert p.grad.dtype == torch.float32  # "adv" sums the gradients of two forwards in bf16
