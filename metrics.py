@@ -158,6 +158,32 @@ def _mask_response(x):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# networks
+
+
+@torch.no_grad()
+def brightness_gain(model, schedule, x0, eps, t, shift=0.1):
+    """How the mean of eps_theta answers a shift of the whole of x_t, averaged over x0 (B, C, S, S) at step t -> 0-dim tensor.
+
+    Beside `gaussian_gain` it tells whether a network has learned the global content: with 0 it ignores brightness.
+    """
+    steps = torch.full((len(x0),), t, device=x0.device)
+    x_t = schedule.q_sample(x0, steps, eps)
+    up = model(x_t + shift, steps).to(x0.dtype)
+    down = model(x_t - shift, steps).to(x0.dtype)
+    return (up - down).mean() / (2 * shift)
+
+
+def gaussian_gain(schedule, t, variance):
+    """The gain of DDPM's minimiser for Gaussian data along a unit direction of this variance: k = s / (abar v + s^2).
+
+    The direction of brightness is 1 / sqrt(numel) everywhere: v = numel times the variance of an image's mean.
+    """
+    abar = schedule.alphas_bar[t].item()
+    return (1 - abar) ** 0.5 / (abar * variance + 1 - abar)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # features
 
 

@@ -367,6 +367,7 @@ def main():
               may_skip=state.scaler.is_enabled())
     if rank == 0:
         describe(args, net, data, sigma_y, first, device, world)
+    probed, gains = probe(data, args.seed)
     saved = bool(ckpt)
     step = first
     line = {}
@@ -383,7 +384,8 @@ def main():
             grid_due = args.sample_every and step % args.sample_every == 0 and step < args.iters
             if step % args.log_every == 0 or save_due or grid_due or step == change(args):
                 # before saving: a checkpoint never holds the result of a non-finite loss
-                line = log.flush(step, advice(path, saved))
+                more = diagnose(state, probed, gains) if save_due else {}
+                line = log.flush(step, advice(path, saved), **more)
                 bar.set_postfix(loss=f"{line['loss']:.4f}", img_s=f"{line['img_per_s']:.0f}")
             if save_due:
                 save(path, step, state, args, data, sigma_y, rank)
@@ -522,6 +524,38 @@ def judge(args, data, ckpt, device, world):
         raise ValueError(f"--drop-noisy: judges {clean} of {len(data)} images clean, fewer than "
                          f"--batch-size {args.batch_size}; a higher --noisy-above keeps more")
     return sigma_y
+
+
+PROBED = (100, 300, 600, 900)  # t
+
+
+def probe(data, seed):
+    """A fixed batch for `diagnose`: dict(x0, eps, t), t over all steps, and the Gaussian gains."""
+    x0 = data.batch(torch.arange(min(64, len(data)), device=data.device))
+    generator = torch.Generator().manual_seed(seed_at(seed, 0, stream=5))
+    eps = torch.randn(x0.shape, generator=generator).to(x0.device)
+    many = data.batch(torch.arange(min(1000, len(data)), device=data.device))
+    variance = many[0].numel() * many.mean((1, 2, 3)).var().item()
+    schedule = NoiseSchedule()
+    gains = {f"gauss_{t}": metrics.gaussian_gain(schedule, t, variance) for t in PROBED}
+    t = torch.arange(len(x0), device=x0.device) * schedule.T // len(x0)
+    return dict(x0=x0, eps=eps, t=t), gains
+
+
+@torch.no_grad()
+def diagnose(state, batch, gains):
+    """Of the averaged weights: L_DM by quarter of t, and the gain of eps to brightness at a few t.
+
+    gauss_t is the gain of the minimiser for Gaussian data; far below it, global content is missing.
+    """
+    x0, eps, t = batch["x0"], batch["eps"], batch["t"]
+    with state.cast:
+        answer = state.ema(state.schedule.q_sample(x0, t, eps), t)
+        found = {f"gain_{k}": metrics.brightness_gain(state.ema, state.schedule, x0, eps, k).item()
+                 for k in PROBED}
+    loss = (answer - eps).square().flatten(1).mean(1)
+    quarters = {f"L_DM_q{i + 1}": part.mean().item() for i, part in enumerate(loss.chunk(4))}
+    return quarters | found | gains
 
 
 def resume(args, path):

@@ -9,6 +9,7 @@ from scipy import linalg, signal, stats
 from torch import nn
 
 import metrics
+from losses import NoiseSchedule
 from metrics import (
     Inception,
     extract,
@@ -339,3 +340,21 @@ def test_image_statistics():
     assert sum(s[f"power_{i}"] for i in range(1, 5)) == pytest.approx(0.09, rel=0.01)
     assert s["noise_level"] == pytest.approx(0.3, rel=0.01)
     assert s["brightness_std"] == pytest.approx(level.std().item(), rel=0.01)
+
+
+@pytest.mark.parametrize("t", [100, 600, 900])
+def test_brightness_gain_of_the_gaussian_minimiser(t):
+    """eps* = s Sigma_t^-1 x_t with Sigma_t = abar Sigma + s^2: for data of bright and dark images, in float64."""
+    schedule, numel = NoiseSchedule(), 3 * 4 * 4
+    ones = torch.ones(numel, 1, dtype=torch.float64) / numel**0.5
+    cov = 0.05 * torch.eye(numel, dtype=torch.float64) + 2.0 * ones @ ones.T
+    abar = schedule.alphas_bar[t]
+    k = (1 - abar).sqrt() * torch.linalg.inv(abar * cov + (1 - abar) * torch.eye(numel, dtype=torch.float64))
+
+    def model(x, steps):
+        return (x.flatten(1) @ k).view(x.shape)
+
+    x0 = (torch.randn(5, numel, dtype=torch.float64) @ torch.linalg.cholesky(cov).T).view(5, 3, 4, 4)
+    gain = metrics.brightness_gain(model, schedule, x0, torch.randn_like(x0), t).item()
+    assert gain == pytest.approx(metrics.gaussian_gain(schedule, t, 2.05), rel=1e-9)
+    assert metrics.brightness_gain(lambda x, s: 0.3 * x, schedule, x0, x0, t).item() == pytest.approx(0.3)
