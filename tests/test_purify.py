@@ -290,7 +290,7 @@ def test_candidates_are_chosen_by_several_evaluations(monkeypatch):
             right = torch.where(x.flatten(1)[:, 0] > 0.5, noise(0, x).flatten(1)[:, 0] > 0, False).double()
             return torch.stack([right, 1 - right], dim=1)
 
-    args = type("Args", (), dict(seed=0, eot=1, pgd=1, evaluations=40))
+    args = type("Args", (), dict(seed=0, eot=1, eot_batch=1, pgd=1, evaluations=40))
     x, y = torch.full((3, 3, 6, 6), 0.4, dtype=torch.float64), torch.zeros(3, dtype=torch.long)
     monkeypatch.setattr(purify, "pgd", lambda net, x, *a: (x + 0.2, {}))
     assert purify.evaluate(Coin(), x, y, INDEX, args, "white", "linf")["selected"].tolist() == [0, 0, 0]
