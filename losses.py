@@ -10,6 +10,7 @@ whose equation numbers are used throughout. Its sigma(t) is beta_t here and its 
 """
 
 import contextlib
+import functools
 import math
 
 import torch
@@ -19,8 +20,7 @@ from torch import nn
 class NoiseSchedule:
     """beta_t linear over T steps (Eq. 1); all arrays (T,) in float64, gathered to the dtype of the data.
 
-    betas; alphas_bar = prod(1 - beta); alphas_bar_prev = the same one step earlier, 1 at t = 0. sigmas, a list, on no device:
-    EDM's noise levels sqrt((1 - alphas_bar) / alphas_bar), by which samplers choose their steps without waiting for a GPU.
+    betas; alphas_bar = prod(1 - beta); alphas_bar_prev = the same one step earlier, 1 at t = 0.
     """
 
     def __init__(self, T=1000, beta_start=1e-4, beta_end=0.02):
@@ -31,7 +31,11 @@ class NoiseSchedule:
         self.betas = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
         self.alphas_bar = torch.cumprod(1 - self.betas, dim=0)
         self.alphas_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_bar[:-1]])
-        self.sigmas = ((1 - self.alphas_bar) / self.alphas_bar).sqrt().tolist()
+
+    @functools.cached_property
+    def sigmas(self):
+        """EDM's noise levels sqrt((1 - abar) / abar), T numbers: samplers choose steps by them without waiting for a GPU."""
+        return ((1 - self.alphas_bar) / self.alphas_bar).sqrt().tolist()
 
     def to(self, device):
         """Move the arrays; worth doing once before a loop on a GPU."""

@@ -114,7 +114,7 @@ def ssim(x, y):
     """Structural similarity (Wang et al., 2004), as GDMP takes it: 11 x 11 window, zero padding, range 1 -> (B,)."""
     g = torch.exp(-((torch.arange(11, device=x.device, dtype=x.dtype) - 5) ** 2) / (2 * 1.5**2))
     window = (torch.outer(g, g) / g.sum() ** 2).expand(x.shape[1], 1, 11, 11)
-    with torch.autocast(x.device.type, enabled=False):  # differences of squares
+    with sample.autocast(x.device, "fp32"):  # differences of squares
         mx, my, xx, yy, xy = (F.conv2d(a, window, padding=5, groups=x.shape[1]) for a in (x, y, x * x, y * y, x * y))
     top = (2 * mx * my + 0.01**2) * (2 * (xy - mx * my) + 0.03**2)
     return (top / ((mx**2 + my**2 + 0.01**2) * (xx - mx**2 + yy - my**2 + 0.03**2))).flatten(1).mean(1)
@@ -150,8 +150,8 @@ class PurifiedClassifier(nn.Module):
             raise ValueError(f"--purifier {sampler}: need one of {', '.join(SAMPLERS)}")
         gdmp = sampler.startswith("gdmp")
         if t_star is None:
-            sigma = ((1 - schedule.alphas_bar) / schedule.alphas_bar).sqrt()
-            t_star = int((sigma - 0.5).abs().argmin()) if sampler in EDM else 36 if gdmp else schedule.T // 10
+            near_half = int(np.abs(np.array(schedule.sigmas) - 0.5).argmin())
+            t_star = near_half if sampler in EDM else 36 if gdmp else schedule.T // 10
         nfe = (50 if sampler in EDM else t_star) if nfe is None else nfe
         self.rounds = (4 if gdmp else 1) if rounds is None else rounds
         if not 1 <= t_star < schedule.T or nfe < 1 or self.rounds < 1:
