@@ -91,7 +91,7 @@ def _advance(step, noise, i, x, eps, abars, ts, ts_prev):
     return step(x, eps.to(x.dtype), z, abars[ts + 1], abars[ts_prev + 1])
 
 
-def _run(model, schedule, x_T, pairs, step, noise, on_step, compiled):
+def _run(model, schedule, x_T, pairs, step, noise, on_step, compiled=False):
     """x <- step(x, eps_theta(x, t), z, abar_t, abar_t_prev) over all pairs."""
     alphas_bar = schedule.alphas_bar.to(x_T.device)
     abars = torch.cat([torch.ones_like(alphas_bar[:1]), alphas_bar])  # at index t + 1
