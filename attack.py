@@ -93,7 +93,8 @@ def attack(model, schedule, pairs, step, index, seed, attacked, kind="adversaria
     Network calls per attacked step, beside the sampler's: 1 + iters (with gradient), and 4 on at most PROBES of them. No graph
     outlives a step, so that memory does not depend on T.
     """
-    abars = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_bar.cpu()])  # at index t + 1
+    alphas_bar = schedule.alphas_bar.to(index.device)  # index lies where x_t does: no copies in the loop
+    abars = torch.cat([torch.ones_like(alphas_bar[:1]), alphas_bar])  # at index t + 1
     chosen, probed = set(attacked), set()
     if tally is not None:
         probed = {attacked[round(k)] for k in np.linspace(0, len(attacked) - 1, min(PROBES, len(attacked)))}
@@ -106,7 +107,7 @@ def attack(model, schedule, pairs, step, index, seed, attacked, kind="adversaria
         if i not in chosen:
             return x_t
         ts = torch.full((len(x_t),), t, device=x_t.device)
-        abar, abar_prev = (abars[k + 1].to(x_t.device).expand(len(x_t)) for k in pairs[i])
+        abar, abar_prev = (abars[k + 1].expand(len(x_t)) for k in pairs[i])
         beta = 1 - abar / abar_prev
         r = like(beta.sqrt() if scale == "std" else beta, x_t)  # scale_t
 
@@ -195,12 +196,12 @@ def attacked_samples(model, size, args, options, runs, device, rank, world, bar)
     pairs, step = sampler_steps(args.sampler, options, schedule.T)
     images = torch.zeros(len(runs), args.n, size, size, 3, dtype=torch.uint8)
     rows = torch.zeros(len(runs), args.n, len(TALLY), dtype=torch.float64)
-    for first in range(0, len(mine), args.batch_size):
-        index = torch.tensor(mine[first : first + args.batch_size])
+    for numbers, count in sample.batches(mine, args.batch_size, sample.is_compiled(model)):
+        index = torch.tensor(numbers, device=device)
         for k, (share, kind) in enumerate(runs):
             tally, on_step = torch.zeros(len(index), len(TALLY), dtype=torch.float64, device=device), None
             if share > 0:
-                on_step = attack(model, schedule, pairs, step, index.to(device), args.seed, attacked_steps(len(pairs), share),
+                on_step = attack(model, schedule, pairs, step, index, args.seed, attacked_steps(len(pairs), share),
                                  kind, args.scale, args.phi, args.attack_iters, args.attack_factor, args.eot, tally)
             with sample.autocast(device, args.amp):
                 x = sample.generate(model, schedule, index, (3, size, size), args.seed, device, args.sampler, on_step=on_step,
@@ -213,8 +214,9 @@ def attacked_samples(model, size, args, options, runs, device, rank, world, bar)
                 clean = x
             change = (x - clean).flatten(1).double()
             tally[:, -3:] = torch.stack([change.abs().mean(1), change.square().mean(1), ~finite], dim=1)
-            images[k, index], rows[k, index] = metrics.to_uint8(x).permute(0, 2, 3, 1).cpu(), tally.cpu()
-            bar.update(len(index))
+            images[k, numbers[:count]] = metrics.to_uint8(x[:count]).permute(0, 2, 3, 1).cpu()
+            rows[k, numbers[:count]] = tally[:count].cpu()
+            bar.update(count)
     if world > 1:  # every row is written by one process; the others hold zeros
         dist.all_reduce(images)
         dist.all_reduce(rows)

@@ -78,14 +78,16 @@ class Features(nn.Module):
         return f, self.network.head(f)
 
 
-def load_classifier(path):
-    """The network of a checkpoint of this script, in eval mode."""
+def load_classifier(path, device="cpu", compiled=False):
+    """The network of a checkpoint of this script, in eval mode, on `device`; compiled: None for "on a GPU"."""
     ckpt = load_checkpoint(path)
     if ckpt.get("kind") != "classifier":
         raise ValueError(f"{path}: holds no classifier (classifier.py's checkpoints do)")
     net = WideResNet(**ckpt["config"])
     net.load_state_dict(ckpt["model"])
-    return net.eval()
+    on_gpu = torch.device(device).type == "cuda"
+    net = net.eval().to(device, memory_format=torch.channels_last if on_gpu else torch.preserve_format)
+    return torch.compile(net, dynamic=False) if compiled or (compiled is None and on_gpu) else net
 
 
 def load_features(path):

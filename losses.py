@@ -10,6 +10,7 @@ whose equation numbers are used throughout. Its sigma(t) is beta_t here and its 
 """
 
 import contextlib
+import functools
 import math
 
 import torch
@@ -30,6 +31,11 @@ class NoiseSchedule:
         self.betas = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
         self.alphas_bar = torch.cumprod(1 - self.betas, dim=0)
         self.alphas_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_bar[:-1]])
+
+    @functools.cached_property
+    def sigmas(self):
+        """EDM's noise levels sqrt((1 - abar) / abar), T numbers: samplers choose steps by them without waiting for a GPU."""
+        return ((1 - self.alphas_bar) / self.alphas_bar).sqrt().tolist()
 
     def to(self, device):
         """Move the arrays; worth doing once before a loop on a GPU."""
@@ -133,6 +139,20 @@ def _frozen(model):
     finally:
         for p in params:
             p.requires_grad_(True)
+
+
+def scaled_gradient(objective, output, x):
+    """d objective / dx (B, ..), by way of output (B, ..) in float32 or float64, on which alone objective depends.
+
+    In float16 the gradients of a sure classifier, or of an error of one grey level, underflow to 0 on their way to x. So
+    each sample's gradient in output is multiplied by the power of two that brings its largest element to [1/2, 1), and the
+    gradient in x divided by it: exact in float32 and float64, where row i of output must depend on row i of x alone.
+    """
+    (start,) = torch.autograd.grad(objective, output)
+    exponent = torch.frexp(start.abs().flatten(1).amax(1)).exponent.clamp(-100, 100)  # 2^100 is a float32, 0 has exponent 0
+    scale = torch.ldexp(torch.ones_like(start.flatten(1)[:, 0]), -exponent)
+    (grad,) = torch.autograd.grad(output, x, start * like(scale, start))
+    return grad / like(scale, grad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,7 +293,9 @@ def addt_loss(model, schedule, classifier, x0, y, t, eps, guide="classifier", pe
     and delta has P2's attack budget, 8/255 in steps of 2/255 of a [0, 1] pixel. Ours: delta starts at 1e-30 N(0, I), which only
     breaks ties, also where a sure classifier's gradients are tiny; L is a sum, so that the batch size cannot matter; RBGM's
     Gaussian draw is another than eps (P2 §5.1; its Algorithm 1 prints the same).
-    eps is that of the update; all other draws come from the global generator. parts: detached, L_guide is L's last mean.
+    eps is that of the update; all other draws come from the global generator. parts: detached, L_guide is L's last mean,
+    guided the share of (image, pass) whose gradient is finite and not 0 (another pass is left out: 0 for guide="none").
+    The classifier must treat the images of a batch apart, as in eval mode: see scaled_gradient.
     """
     if guide not in ("classifier", "mse", "none") or perturb not in ("rbgm", "linf"):
         raise ValueError(f"guide={guide!r}, perturb={perturb!r}: need 'classifier', 'mse' or 'none', and 'rbgm' or 'linf'")
@@ -284,6 +306,7 @@ def addt_loss(model, schedule, classifier, x0, y, t, eps, guide="classifier", pe
     keep, bend = like((1 - lambda_t**2).sqrt() if rbgm else torch.ones_like(lambda_t), x0), like(lambda_t, x0)
 
     delta, objective = 1e-30 * torch.randn_like(x0), torch.zeros((), device=x0.device)
+    guided = torch.zeros((), device=x0.device)
     with _frozen(model), _frozen(classifier):
         for _ in range(0 if guide == "none" else passes):
             mapped = (rank_gaussian_map(delta, torch.randn_like(x0)) if rbgm else delta).requires_grad_()
@@ -291,12 +314,16 @@ def addt_loss(model, schedule, classifier, x0, y, t, eps, guide="classifier", pe
                 x_t = schedule.q_sample(x0, t, keep * torch.randn_like(x0) + bend * mapped)
                 x0_hat = schedule.predict_x0(x_t, t, model(x_t, t).to(x0.dtype))
                 if guide == "classifier":
-                    logits = classifier((x0_hat + 1) / 2).to(x0.dtype)
-                    objective = nn.functional.cross_entropy(logits, y, reduction="sum")
+                    output = classifier((x0_hat + 1) / 2).to(x0.dtype)
+                    objective = nn.functional.cross_entropy(output, y, reduction="sum")
                 else:
-                    objective = (x0 - x0_hat).square().sum()
-                (grad,) = torch.autograd.grad(objective, mapped)
+                    output = x0_hat
+                    objective = (x0 - output).square().sum()
+                grad = scaled_gradient(objective, output, mapped)
+            usable = grad.isfinite().flatten(1).all(1) & (grad != 0).flatten(1).any(1)
+            grad = torch.where(usable.view(-1, *[1] * (grad.dim() - 1)), grad, 0)
+            guided = guided + usable.to(x0.dtype).mean() / passes
             delta = delta.detach() + grad if rbgm else (delta.detach() + step * grad.sign()).clamp(-4 * step, 4 * step)
     noise = keep * eps + bend * (rank_gaussian_map(delta, torch.randn_like(x0)) if rbgm else delta)
     loss = ddpm_loss(model, schedule, x0, t, noise)
-    return loss, dict(L_ADDT=loss.detach(), L_guide=objective.detach() / len(x0), lambda_t=lambda_t.mean())
+    return loss, dict(L_ADDT=loss.detach(), L_guide=objective.detach() / len(x0), lambda_t=lambda_t.mean(), guided=guided)

@@ -3,6 +3,7 @@
     python purify.py --ckpt ddpm/ckpt.pt addt/ckpt.pt --classifier wrn/classifier.pt --data cifar10 --n 1024
     python purify.py ... --purifier none ddpm ddim edm-sde --knowledge white fwd both --norm linf l2   # Fig. 2, Tables 2, 9
     python purify.py ... --n 32 --nfe 5 --pgd 5 --eot 2 --knowledge white both semi-8 --figures 16     # a laptop
+    python purify.py ... --n 1024 --batch-size 128 --eot 10 --eot-batch 10                             # a large GPU
 
 P2 = "Understanding and Enhancing the Robustness of Diffusion-Based Purification". The claim: purification is robust because
 its noise is unknown, not because it removes the perturbation: an attacker who knows all the noise (DW_Both) breaks it; and
@@ -44,7 +45,7 @@ import metrics
 import sample
 from classifier import load_classifier
 from data import NAMES, image_noise, load_images
-from losses import NoiseSchedule, like
+from losses import NoiseSchedule, like, scaled_gradient
 from sample import ddim_step, ddpm_step, ddpm_variance, heun_sample
 
 matplotlib.use("Agg")
@@ -70,17 +71,34 @@ def purification_timesteps(t_star, nfe):
     return [t_star * i // nfe for i in range(nfe, -1, -1)]
 
 
+@functools.cache
+def noise_on(kind):
+    """data.image_noise on a kind of device: on a GPU one fused kernel, compiled once for all seeds and streams."""
+    return torch.compile(image_noise, dynamic=False) if kind == "cuda" else image_noise
+
+
 def image_draws(seed, index, draw=0, forward=None):
     """noise(k, x) -> the k-th N(0, I) of a purification, x's shape; row i is a function of (seed, index[i], draw, k) alone.
 
-    forward: another draw, from which the noise of Eq. 2 (k = 0 of a round) is taken.
+    index (B,): on x's device, or else every call copies it there. forward: another draw, from which the noise of Eq. 2
+    (k = 0 of a round) is taken.
     """
+    def number(value, x):  # as a tensor, filled in on the device; of a seed its lower 64 bits count
+        return torch.full((), (value + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=x.device)
+
     def noise(k, x):
         d = draw if forward is None or k % ROUND else forward
-        z = image_noise(seed + ((d + 1) << 32), index.to(x.device), k, x.shape[1:])
+        z = noise_on(x.device.type)(number(seed + ((d + 1) << 32), x), index.to(x.device), number(k, x), tuple(x.shape[1:]))
         return torch.empty_like(x, requires_grad=False).copy_(z)
 
     return noise
+
+
+def together(draws):
+    """The noise(k, x) of an x that holds the same images once for each of `draws`."""
+    if len(draws) == 1:
+        return draws[0]
+    return lambda k, x: torch.cat([noise(k, part) for noise, part in zip(draws, x.chunk(len(draws)))])
 
 
 def vp_sde_step(x_t, eps, z, abar, abar_prev):
@@ -96,7 +114,8 @@ def ssim(x, y):
     """Structural similarity (Wang et al., 2004), as GDMP takes it: 11 x 11 window, zero padding, range 1 -> (B,)."""
     g = torch.exp(-((torch.arange(11, device=x.device, dtype=x.dtype) - 5) ** 2) / (2 * 1.5**2))
     window = (torch.outer(g, g) / g.sum() ** 2).expand(x.shape[1], 1, 11, 11)
-    mx, my, xx, yy, xy = (F.conv2d(a, window, padding=5, groups=x.shape[1]) for a in (x, y, x * x, y * y, x * y))
+    with sample.autocast(x.device, "fp32"):  # differences of squares
+        mx, my, xx, yy, xy = (F.conv2d(a, window, padding=5, groups=x.shape[1]) for a in (x, y, x * x, y * y, x * y))
     top = (2 * mx * my + 0.01**2) * (2 * (xy - mx * my) + 0.03**2)
     return (top / ((mx**2 + my**2 + 0.01**2) * (xx - mx**2 + yy - my**2 + 0.03**2))).flatten(1).mean(1)
 
@@ -120,18 +139,19 @@ class PurifiedClassifier(nn.Module):
     counts the network calls of the last forward. snr: of the corrector, one Langevin step before each step (Song et al., 2021;
     0.16 is their CIFAR-10 value, with norms per image instead of per batch). scale: GDMP's guidance.
     noise(k, x), see image_draws: fixed noise instead of the global generator's, here, as the attribute, or in forward().
-    Raises ValueError for images outside [0, 1].
+    Raises ValueError for images outside [0, 1]; check_range=False spares the look at them, for which a GPU must be waited for.
     """
 
     def __init__(self, model, schedule, classifier, sampler="ddpm", t_star=None, nfe=None, noise=None, clip=True,
-                 variance="fixed-large", snr=0.16, scale=GUIDANCE, rounds=None, checkpointed=True):
+                 variance="fixed-large", snr=0.16, scale=GUIDANCE, rounds=None, checkpointed=True,
+                 check_range=True):
         super().__init__()
         if sampler not in SAMPLERS:
             raise ValueError(f"--purifier {sampler}: need one of {', '.join(SAMPLERS)}")
         gdmp = sampler.startswith("gdmp")
         if t_star is None:
-            sigma = ((1 - schedule.alphas_bar) / schedule.alphas_bar).sqrt()
-            t_star = int((sigma - 0.5).abs().argmin()) if sampler in EDM else 36 if gdmp else schedule.T // 10
+            near_half = int(np.abs(np.array(schedule.sigmas) - 0.5).argmin())
+            t_star = near_half if sampler in EDM else 36 if gdmp else schedule.T // 10
         nfe = (50 if sampler in EDM else t_star) if nfe is None else nfe
         self.rounds = (4 if gdmp else 1) if rounds is None else rounds
         if not 1 <= t_star < schedule.T or nfe < 1 or self.rounds < 1:
@@ -141,11 +161,14 @@ class PurifiedClassifier(nn.Module):
         self.model, self.classifier, self.schedule, self.sampler = model, classifier, schedule, sampler
         self.t_star, self.nfe, self.noise, self.clip, self.variance = t_star, nfe, noise, clip, variance
         self.snr, self.scale, self.checkpointed, self.calls = snr, scale, checkpointed, 0
+        self.check_range = check_range
         self.eval().requires_grad_(False)
 
     def forward(self, x, noise=None):
-        if x.dim() != 4 or not (x.min() >= -1e-6 and x.max() <= 1 + 1e-6):  # also refuses NaN
-            raise ValueError(f"purifier: x {tuple(x.shape)} in {x.min():.3g}..{x.max():.3g}: need (B, C, H, W) in [0, 1]")
+        if self.check_range or x.dim() != 4:
+            low, high = torch.stack(x.detach().aminmax()).tolist()  # one wait for both
+            if x.dim() != 4 or not (low >= -1e-6 and high <= 1 + 1e-6):  # also refuses NaN
+                raise ValueError(f"purifier: x {tuple(x.shape)} in {low:.3g}..{high:.3g}: need (B, C, H, W) in [0, 1]")
         return self.classifier(x if self.sampler == "none" else (self.purify(2 * x - 1, noise) + 1) / 2)
 
     def purify(self, x, noise=None):
@@ -215,15 +238,38 @@ def noises(knowledge, seed, index, k, eot=1):
     return [image_draws(seed, index, UNSEEN + k * eot + j, 0 if knowledge == "fwd" else None) for j in range(eot)]
 
 
-def mean_loss(net, x, y, draws, gradient=False):
-    """Cross-entropy (B,), or its gradient in x, averaged over draws."""
-    total = 0
-    for noise in draws:
-        with torch.set_grad_enabled(gradient):
-            x = x.detach().requires_grad_(gradient)
-            loss = F.cross_entropy(net(x, noise), y, reduction="none")
-            total = total + (torch.autograd.grad(loss.sum(), x)[0] if gradient else loss)
+def over_draws(quantity, net, x, y, draws, eot_batch=1):
+    """quantity(net, x, y, noise) -> (B, ..), averaged over `draws`, of which eot_batch are evaluated in one larger batch."""
+    total, draws = 0, list(draws)
+    for group, count in sample.batches(draws, eot_batch, sample.is_compiled(getattr(net, "model", None))):
+        values = quantity(net, torch.cat([x.detach()] * len(group)), y.repeat(len(group)), together(group))
+        total = total + values.unflatten(0, (len(group), len(x)))[:count].sum(0)
     return total / len(draws)
+
+
+@torch.no_grad()
+def loss_of(net, x, y, noise):
+    """Cross-entropy (B,) under one draw for each image."""
+    return F.cross_entropy(net(x, noise).to(x.dtype), y, reduction="none")
+
+
+def gradient_of(net, x, y, noise):
+    """The gradient in x of loss_of, x's shape."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        logits = net(x, noise).to(x.dtype)
+        return scaled_gradient(F.cross_entropy(logits, y, reduction="sum"), logits, x)
+
+
+@torch.no_grad()
+def hit_of(net, x, y, noise):
+    """1 where the image is classified correctly, else 0; (B,) float64."""
+    return (net(x, noise).argmax(1) == y).double()
+
+
+def mean_loss(net, x, y, draws, gradient=False, eot_batch=1):
+    """Cross-entropy (B,), or its gradient in x, averaged over draws."""
+    return over_draws(gradient_of if gradient else loss_of, net, x, y, draws, eot_batch)
 
 
 def ascend(x, delta, grad, norm):
@@ -238,18 +284,18 @@ def ascend(x, delta, grad, norm):
     return (x + delta).clamp(0, 1) - x
 
 
-def pgd(net, x, y, draws, norm="linf", steps=20):
+def pgd(net, x, y, draws, norm="linf", steps=20, eot_batch=1):
     """PGD from a zero start; draws(k): the noises of step k, draws(steps) those of the check -> x_adv, checks {name: (B,)}."""
     delta, bad, zero = torch.zeros_like(x), 0, 0
     for k in range(steps):
-        grad = mean_loss(net, x + delta, y, draws(k), gradient=True)
+        grad = mean_loss(net, x + delta, y, draws(k), gradient=True, eot_batch=eot_batch)
         bad = bad + (~grad.isfinite()).flatten(1).any(1).double()
         grad = grad.nan_to_num(0, 0, 0)
         zero = zero + (grad == 0).flatten(1).all(1).double() / steps
         delta = ascend(x, delta, grad, norm)
     size = delta.flatten(1).norm(dim=1, p=float("inf") if norm == "linf" else 2)
     outside = (size > NORMS[norm][0] * (1 + 1e-4)) | ((x + delta - 0.5).abs().flatten(1).amax(1) > 0.5 + 1e-6)
-    start, end = (mean_loss(net, a, y, draws(steps)) for a in (x, x + delta))
+    start, end = (mean_loss(net, a, y, draws(steps), eot_batch=eot_batch) for a in (x, x + delta))
     checks = dict(outside=outside, nonfinite=bad, zero=zero, rises=(end > start).double(), start=start, end=end)
     return (x + delta).clamp(0, 1), checks
 
@@ -261,24 +307,24 @@ def clopper_pearson(k, n, level=0.95):
     return float(low), float(beta_distribution.ppf(1 - a, k + 1, n - k) if k < n else 1.0)
 
 
-@torch.no_grad()
-def correct(net, x, y, seed, index, knowledge, draws):
+def correct(net, x, y, seed, index, knowledge, draws, eot_batch=1):
     """Share of the draws, numbered as the knowledge allows, with which each image is classified correctly, (B,)."""
     forward = 0 if knowledge == "fwd" else None
-    return sum((net(x, image_draws(seed, index, d, forward)).argmax(1) == y).double() for d in draws) / len(draws)
+    return over_draws(hit_of, net, x, y, [image_draws(seed, index, d, forward) for d in draws], eot_batch)
 
 
 def evaluate(net, x, y, index, args, knowledge, norm):
     """Attack a batch -> {name: (B,)}: right after the attack, over --evaluations, and the checks."""
-    x_adv, row = pgd(net, x, y, lambda k: noises(knowledge, args.seed, index, k, args.eot), norm, args.pgd)
+    x_adv, row = pgd(net, x, y, lambda k: noises(knowledge, args.seed, index, k, args.eot), norm, args.pgd,
+                     args.eot_batch)
     row["robust"] = correct(net, x_adv, y, args.seed, index, knowledge, [0])
     if args.evaluations > 1:
         known = 1 if knowledge in ("both", "no noise") else int(knowledge[5:]) if knowledge.startswith("semi-") else None
         judges = range(min(args.evaluations, known or args.evaluations))
         choosers = judges if known else range(2 * UNSEEN, 2 * UNSEEN + args.evaluations)
-        keep = [correct(net, a, y, args.seed, index, knowledge, choosers) for a in (x_adv, x)]
+        keep = [correct(net, a, y, args.seed, index, knowledge, choosers, args.eot_batch) for a in (x_adv, x)]
         x_adv = torch.where(like(keep[1] < keep[0], x) > 0, x, x_adv)
-        row["selected"] = correct(net, x_adv, y, args.seed, index, knowledge, judges)
+        row["selected"] = correct(net, x_adv, y, args.seed, index, knowledge, judges, args.eot_batch)
     return row
 
 
@@ -312,6 +358,16 @@ def first_images(name, size, n, root):
     return torch.from_numpy(images[rows]).permute(0, 3, 1, 2).float() / 255, torch.as_tensor(labels)[torch.from_numpy(rows)]
 
 
+def load_network(path, args, device):
+    """The network of a checkpoint, compiled if asked for, and its image size. Without CUDA graphs, which would write one call's
+    output over another's: an attack needs those of all steps until its gradient is there.
+    """
+    load = argparse.Namespace(raw=args.raw, compile=False, image_size=None, amp=args.amp)
+    model, size, _ = sample.load_model(path, load, device)
+    compiled = device.type == "cuda" if args.compile is None else args.compile
+    return torch.compile(model, dynamic=False) if compiled else model, size
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -334,10 +390,13 @@ def main():
     add("--raw", action="store_true", help="raw instead of EMA weights")
     add("--batch-size", type=int, default=64, help="changes memory and speed, not the images")
     add("--seed", type=int, default=0)
+    add("--eot-batch", type=int, default=1, metavar="D", help="draws in one network call, which then holds D times the images")
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
+    add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
     add("--out", default="purify")
     args, started = parser.parse_args(), time.time()
-    for name in ("n", "pgd", "eot", "evaluations", "batch_size"):
+    for name in ("n", "pgd", "eot", "eot_batch", "evaluations", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     for name in args.knowledge:
@@ -351,12 +410,12 @@ def main():
     device, rank, world = sample.setup(args.device)
     if args.n < world:
         raise ValueError(f"--n {args.n}: fewer than the {world} processes")
-    classifier = load_classifier(args.classifier).to(device)
+    cast = sample.autocast(device, args.amp)
+    classifier = load_classifier(args.classifier, device, args.compile)
     names = [sample.folder_name(c) for c in args.ckpt]
     if len(set(names)) < len(names):
         raise ValueError(f"--ckpt: two checkpoints lie in a folder {max(names, key=names.count)}; rename one's")
-    load = argparse.Namespace(raw=args.raw, compile=False, image_size=None, amp="fp32")
-    models = {name: sample.load_model(path, load, device)[:2] for name, path in zip(names, args.ckpt)}
+    models = {name: load_network(path, args, device) for name, path in zip(names, args.ckpt)}
     local = int(os.environ.get("LOCAL_RANK", 0))
     if world > 1 and local > 0:
         dist.barrier()  # one process of each machine decodes the images first
@@ -371,18 +430,21 @@ def main():
 
     runs = [(name, sampler, knowledge, norm) for name in names for sampler in args.purifier for norm in args.norm
             for knowledge in (args.knowledge if sampler != "none" else ["no noise"])]
-    record, mine = [], torch.arange(args.n)[rank::world]
+    record, mine = [], list(range(args.n))[rank::world]
     schedule = NoiseSchedule().to(device)
     with tqdm(total=len(mine) * len(runs), desc="attack", unit="img", disable=rank > 0) as bar:
         for name, sampler, knowledge, norm in runs:
             model, size = models[name]
-            net = PurifiedClassifier(model, schedule, classifier, sampler, **options)
+            net = PurifiedClassifier(model, schedule, classifier, sampler, check_range=False, **options)  # `ascend` clamps
             (x, y), parts, began = data[size], [], time.time()
-            for index in mine.split(args.batch_size):
-                batch = x[index].to(device), y[index].to(device)
-                parts.append(evaluate(net, *batch, index, args, knowledge, norm))
-                parts[-1]["clean"] = correct(net, *batch, args.seed, index, knowledge, [0])
-                bar.update(len(index))
+            for numbers, count in sample.batches(mine, args.batch_size, sample.is_compiled(model)):
+                batch = x[numbers].to(device), y[numbers].to(device)
+                index = torch.tensor(numbers, device=device)
+                with cast:
+                    row = evaluate(net, *batch, index, args, knowledge, norm)
+                    row["clean"] = correct(net, *batch, args.seed, index, knowledge, [0])
+                parts.append({k: v[:count] for k, v in row.items()})
+                bar.update(count)
             rows = {k: torch.zeros(args.n, dtype=torch.float64) for k in parts[0]}
             for k, v in rows.items():
                 v[mine] = torch.cat([p[k].double().cpu() for p in parts])
@@ -404,7 +466,8 @@ def main():
             for name, (model, size) in models.items():
                 x, y = (a[: args.batch_size].to(device) for a in data[size])
                 net = PurifiedClassifier(model, schedule, classifier, sampler, **options)
-                curves[name] = directions(net, x, y, args.seed, args.figures)
+                with cast:
+                    curves[name] = directions(net, x, y, args.seed, args.figures, args.eot_batch)
             plot_directions(curves, sampler, args, out / "figures.png")
         metrics.write_metrics(out, started, seed=args.seed, device=device, n=args.n, pgd=args.pgd, eot=args.eot, world=world,
                               data=args.data, classifier=args.classifier, evaluations=args.evaluations, **options, runs=record,
@@ -464,21 +527,22 @@ def plot(record, args, path):
     plt.close(fig)
 
 
-def directions(net, x, y, seed, most):
+def directions(net, x, y, seed, most, eot_batch=1):
     """P2 Fig. 7: cosine of the White-box EoT gradient with the DW_Both gradient at x; Fig. 8: loss at x + k / 255 sign(..)."""
-    index = torch.arange(len(x))
+    index = torch.arange(len(x), device=x.device)
     known, semi = noises("both", seed, index, 0), noises(f"semi-{most}", seed, index, 0)
     best, total, cosine = mean_loss(net, x, y, known, gradient=True), 0, {}
     for j, noise in enumerate(tqdm(noises("white", seed, index, 0, most), desc="figures", unit="draw"), start=1):
         total = total + mean_loss(net, x, y, [noise], gradient=True)
         if j & (j - 1) == 0 or j == most:
             cosine[j] = F.cosine_similarity(total.flatten(1), best.flatten(1)).mean().item()
-    common = mean_loss(net, x, y, semi, gradient=True)
+    common = mean_loss(net, x, y, semi, True, eot_batch)
     signs = 1 - 2 * (image_draws(seed, index, 3 * UNSEEN)(0, x) < 0).to(x.dtype)
     ks, curves = [-16, -12, -8, -4, -2, 0, 2, 4, 8, 12, 16], {}
     for label, way, draws in (("all noise known (DW)", best, known), (f"{most} draws known (semi)", common, semi),
                               (f"White-box EoT-{most}", total, known), ("random signs", signs, known)):
-        curves[label] = [mean_loss(net, (x + k / 255 * way.sign()).clamp(0, 1), y, draws).mean().item() for k in ks]
+        curves[label] = [mean_loss(net, (x + k / 255 * way.sign()).clamp(0, 1), y, draws, False, eot_batch).mean().item()
+                         for k in ks]
     return dict(cosine=cosine, k=ks, loss=curves)
 
 

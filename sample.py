@@ -91,9 +91,10 @@ def _advance(step, noise, i, x, eps, abars, ts, ts_prev):
     return step(x, eps.to(x.dtype), z, abars[ts + 1], abars[ts_prev + 1])
 
 
-def _run(model, schedule, x_T, pairs, step, noise, on_step, compiled):
+def _run(model, schedule, x_T, pairs, step, noise, on_step, compiled=False):
     """x <- step(x, eps_theta(x, t), z, abar_t, abar_t_prev) over all pairs."""
-    abars = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_bar.cpu()]).to(x_T.device)  # at index t + 1
+    alphas_bar = schedule.alphas_bar.to(x_T.device)
+    abars = torch.cat([torch.ones_like(alphas_bar[:1]), alphas_bar])  # at index t + 1
     advance, x = torch.compile(_advance, dynamic=False) if compiled else _advance, x_T
     for i, (t, t_prev) in enumerate(pairs):
         ts = torch.full((len(x),), t, device=x.device)
@@ -129,7 +130,7 @@ def ddim_sample(model, schedule, x_T, steps=100, eta=0.0, clip=True, noise=None,
 
 def heun_timesteps(schedule, steps=18, t_start=None, rho=7.0):
     """t of EDM's noise levels sigma_i (Karras et al., 2022, Eq. 5), rounded to the schedule, from t_start down to 0."""
-    sigmas = ((1 - schedule.alphas_bar) / schedule.alphas_bar).sqrt().cpu().numpy()
+    sigmas = np.array(schedule.sigmas)
     t_start = schedule.T - 1 if t_start is None else t_start
     if steps < 1 or not 0 <= t_start < schedule.T:
         raise ValueError(f"heun: need --steps >= 1 (got {steps}) and t_start in 0..{schedule.T - 1} (got {t_start})")
@@ -147,9 +148,7 @@ def heun_sample(model, schedule, x_T, steps=18, S_churn=0.0, S_min=0.0, S_max=fl
     VP -> EDM: x / sqrt(abar) at sigma = sqrt((1 - abar) / abar). x_T is a VP sample at t_start (default T - 1).
     S_churn > 0 adds noise within [S_min, S_max]; all noise levels are rounded to the schedule's (ours).
     """
-    abars = schedule.alphas_bar.to(x_T.device)
-    sigmas = ((1 - abars) / abars).sqrt()
-    table = sigmas.tolist()
+    abars, table = schedule.alphas_bar.to(x_T.device), schedule.sigmas
     ts = heun_timesteps(schedule, steps, t_start)
 
     def slope(x, t):  # dx/dsigma = (x - D(x; sigma)) / sigma, with D = x - sigma eps
@@ -162,7 +161,7 @@ def heun_sample(model, schedule, x_T, steps=18, S_churn=0.0, S_min=0.0, S_max=fl
     for i, t in enumerate(ts):
         if S_churn > 0 and S_min <= table[t] <= S_max:
             wanted = table[t] * (1 + min(S_churn / len(ts), 2**0.5 - 1))
-            t_hat = max(t, int((sigmas - wanted).abs().argmin()))
+            t_hat = max(t, int(np.abs(np.array(table) - wanted).argmin()))
             z = torch.randn_like(x) if noise is None else noise(i)
             x = x + S_noise * (table[t_hat] ** 2 - table[t] ** 2) ** 0.5 * z
             t = t_hat
@@ -351,19 +350,33 @@ def load_model(path, args, device):
     return net, args.image_size or size, trained
 
 
+def is_compiled(model):
+    return hasattr(model, "_orig_mod")
+
+
+def batches(numbers, batch_size, padded):
+    """The list `numbers` in lists of batch_size -> (list, how many of it count), one by one.
+
+    padded: the last is filled up with its own first number, as a compiled network would be compiled again for another size.
+    """
+    size = min(batch_size, len(numbers))
+    for i in range(0, len(numbers), batch_size):
+        batch = numbers[i : i + batch_size]
+        yield batch + batch[:1] * ((size - len(batch)) * padded), len(batch)
+
+
 def sample_uint8(model, size, n, args, options, device, rank, world):
     """n images -> (n, S, S, 3) uint8 on every process; each makes every world-th of them."""
     schedule, mine = NoiseSchedule().to(device), list(range(n))[rank::world]
     images = np.zeros((n, size, size, 3), np.uint8)
     label = f"{args.sampler} {options['steps'] or schedule.T} steps"
     with autocast(device, args.amp), tqdm(total=len(mine), desc=label, unit="img", disable=rank > 0) as bar:
-        for i in range(0, len(mine), args.batch_size):
-            index = mine[i : i + args.batch_size]
-            x0 = generate(model, schedule, index, (3, size, size), args.seed, device, args.sampler, **options)
+        for index, count in batches(mine, args.batch_size, is_compiled(model)):
+            x0 = generate(model, schedule, index, (3, size, size), args.seed, device, args.sampler, **options)[:count]
             if not x0.isfinite().all():
                 raise ValueError("the samples hold NaN or infinity; did training diverge?")
-            images[index] = metrics.to_uint8(x0).permute(0, 2, 3, 1).cpu().numpy()
-            bar.update(len(index))
+            images[index[:count]] = metrics.to_uint8(x0).permute(0, 2, 3, 1).cpu().numpy()
+            bar.update(count)
     if world > 1:  # every row is written by one process; the others hold zeros
         dist.all_reduce(torch.from_numpy(images))  # in place
     return images

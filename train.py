@@ -349,7 +349,7 @@ def main():
                          "starts again")
     precision(device, args.amp)  # refuses what this device has not
     net = build(args)
-    classifier = load_classifier(args.classifier).to(device) if args.classifier else None
+    classifier = load_classifier(args.classifier, device, args.compile) if args.classifier else None
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".write-test").write_text("")  # fails here rather than at the first checkpoint

@@ -21,6 +21,7 @@ from losses import (
     rank_gaussian_map,
     regulariser_weight,
     robust_loss,
+    scaled_gradient,
 )
 from sample import ddim_sample, ddpm_step
 
@@ -681,3 +682,48 @@ def test_addt_trains_the_weights_by_one_backward():
                         draw(2, 3, 4, 4, seed=1), guide="none")
     loss.backward()
     assert net.weight.grad.abs().sum() > 0
+
+
+def sure_in_half(x):
+    """A linear classifier in float16, sure of class i % 2 of image i: its gradients, about 1e-9, are 0 there."""
+    w = draw(2, 108, seed=2)
+    w = (0.01 * w).half()
+    sure = torch.tensor([[14.0, 0], [0, 14], [14, 0]])
+    return x.flatten(1).half() @ w.T + sure.half()
+
+
+def test_cgpo_survives_float16():
+    """delta follows the gradient of a classifier that runs in float16, not the noise that breaks ties."""
+    _, parts, _, eps, noise, w, _ = addt(100, classifier=sure_in_half)
+    lam = 0.03 * math.sqrt(ABAR[100] / (1 - ABAR[100]))
+    mapped = (noise - math.sqrt(1 - lam**2) * eps) / lam
+    way = torch.stack([w[1] - w[0], w[0] - w[1], w[1] - w[0]])
+    ranks = [v.flatten(2).argsort(2).argsort(2).double().flatten() for v in (mapped, way)]
+    assert np.corrcoef(ranks)[0, 1] > 0.99
+    assert parts["guided"] == 1
+
+
+def test_cgpo_leaves_out_a_gradient_that_overflows():
+    """Image 0's is infinite: it is not moved, nothing turns NaN, and the others are guided as before."""
+    w = draw(2, 108, seed=2)
+
+    def overflowing(x):
+        infinite = torch.zeros_like(x)
+        infinite[0] = math.inf
+        x.register_hook(lambda g: g + infinite)
+        return x.flatten(1) @ w.T
+
+    _, parts, _, _, noise, _, _ = addt(100, classifier=overflowing)
+    assert noise.isfinite().all() and parts["guided"].item() == pytest.approx(2 / 3)
+    assert torch.equal(noise[1:], addt(100)[4][1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scaled_gradient_is_exact(dtype):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(128, 4)).to(dtype)
+    x, y = draw(5, 3, 6, 6).to(dtype).requires_grad_(), torch.tensor([0, 1, 2, 3, 0])
+    output = net(x) * torch.tensor([1e-3, 1, 3, 10, 30], dtype=dtype).view(-1, 1)
+    objective = nn.functional.cross_entropy(output, y, reduction="sum")
+    (plain,) = torch.autograd.grad(objective, x, retain_graph=True)
+    assert torch.equal(scaled_gradient(objective, output, x), plain)

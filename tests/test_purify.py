@@ -12,6 +12,7 @@ from torch import nn
 
 import purify
 from classifier import WideResNet
+from data import image_noise
 from losses import NoiseSchedule
 from purify import PurifiedClassifier, image_draws, purification_timesteps
 from sample import ddpm_sample, heun_sample
@@ -35,6 +36,12 @@ class Eps(nn.Module):
 
     def forward(self, x, t):
         return 0.6 * x + torch.tanh(self.conv(x) + t.view(-1, 1, 1, 1) / 1000)
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
 
 
 def linear(shape=(3, 6, 6), seed=4):
@@ -265,6 +272,49 @@ def test_eot_averages_gradients():
     torch.testing.assert_close(both, sum(each) / 3)
 
 
+@pytest.mark.parametrize("eot_batch", [2, 3, 7])
+@pytest.mark.parametrize("knowledge", ["white", "fwd", "semi-4"])
+def test_batched_draws_are_the_draws(knowledge, eot_batch):
+    """5 draws (of semi 4) in one larger batch, or in some: the loss, its gradient and the hits are those of single draws."""
+    net, x, y = purifier("vp-sde-corrector"), images(), INDEX % 2
+    draws = purify.noises(knowledge, 0, INDEX, 1, 5)
+    for gradient in (False, True):
+        one = purify.mean_loss(net, x, y, draws, gradient)
+        many = purify.mean_loss(net, x, y, draws, gradient, eot_batch)
+        torch.testing.assert_close(many, one, rtol=1e-9, atol=1e-12)
+    hits = [purify.correct(net, x, y, 0, INDEX, knowledge, range(4), b) for b in (1, eot_batch)]
+    assert torch.equal(*hits)
+
+
+def test_noise_is_a_function_of_seed_image_draw_and_number():
+    """As data.image_noise gives it; also for a seed beyond 64 bits, of which the lower 64 count."""
+    x = images()
+    for seed in (0, 3, 2**63 + 5, 2**70 + 3):
+        want = image_noise(seed + (8 << 32), INDEX, 4, x.shape[1:]).double()
+        assert torch.equal(image_draws(seed, INDEX, 7)(4, x), want)
+
+
+def test_gradient_survives_float16():
+    """A classifier that runs in float16 and is sure: its gradients, about 1e-9, would be 0 there."""
+    w = (0.01 * draw(2, 108)).half()
+
+    def classifier(x):
+        return x.flatten(1).half() @ w.T + torch.tensor([[14.0, 0], [0, 14], [14, 0]]).half()
+
+    grad = purify.mean_loss(PurifiedClassifier(nn.Identity(), SCHEDULE, Function(classifier), "none"), images().float(),
+                            INDEX % 2, [None], gradient=True).double()
+    way = torch.stack([w[1] - w[0], w[0] - w[1], w[1] - w[0]]).double()
+    assert torch.cosine_similarity(grad.flatten(1), way, dim=1).min() > 0.99
+    assert (grad.abs().amax((1, 2, 3)) < 1e-6).all()  # not scaled
+
+
+def test_the_range_is_looked_at_unless_told_otherwise():
+    net, bad = purifier("none", check_range=False), 2 * images() - 1
+    assert torch.equal(net(bad), net.classifier(bad))
+    with pytest.raises(ValueError, match="need .B, C, H, W."):
+        net(bad[0])
+
+
 def test_checks_report_what_goes_wrong():
     class Broken(nn.Module):
         factor = 0.0
@@ -290,7 +340,7 @@ def test_candidates_are_chosen_by_several_evaluations(monkeypatch):
             right = torch.where(x.flatten(1)[:, 0] > 0.5, noise(0, x).flatten(1)[:, 0] > 0, False).double()
             return torch.stack([right, 1 - right], dim=1)
 
-    args = type("Args", (), dict(seed=0, eot=1, pgd=1, evaluations=40))
+    args = type("Args", (), dict(seed=0, eot=1, eot_batch=1, pgd=1, evaluations=40))
     x, y = torch.full((3, 3, 6, 6), 0.4, dtype=torch.float64), torch.zeros(3, dtype=torch.long)
     monkeypatch.setattr(purify, "pgd", lambda net, x, *a: (x + 0.2, {}))
     assert purify.evaluate(Coin(), x, y, INDEX, args, "white", "linf")["selected"].tolist() == [0, 0, 0]
@@ -347,6 +397,10 @@ def test_command(files, tmp_path):
     assert run(*common, "--purifier", "ddpm", "--knowledge", "semi-2", "--batch-size", 3, "--out", tmp_path / "two") == 0
     again = json.loads((tmp_path / "two" / "metrics.json").read_text())["runs"][0]
     assert again["loss_end"] == pytest.approx(a[2]["loss_end"], rel=1e-4)  # whatever the batch
+    assert run(*common, "--purifier", "ddpm", "--knowledge", "semi-2", "--eot-batch", 2, "--amp", "bf16", "--out",
+               tmp_path / "three") == 0
+    half = json.loads((tmp_path / "three" / "metrics.json").read_text())["runs"][0]
+    assert half["loss_end"] != again["loss_end"] and half["loss_end"] == pytest.approx(again["loss_end"], rel=0.02)
 
 
 def test_command_refuses_bad_input(capsys, files, tmp_path):
@@ -361,6 +415,8 @@ def test_command_refuses_bad_input(capsys, files, tmp_path):
     assert "--knowledge semi-0" in refuse("--knowledge", "semi-0")
     assert "--n 65" in refuse("--n", 65)
     assert "--eot 0" in refuse("--eot", 0)
+    assert "--eot-batch 0" in refuse("--eot-batch", 0)
+    assert "--amp fp16" in refuse("--amp", "fp16")
     assert "--nfe 101" in refuse("--nfe", 101)
     assert "--t-star 1000" in refuse("--t-star", 1000)
     assert "--figures 2" in refuse("--figures", 2, "--purifier", "none")
