@@ -337,15 +337,20 @@ def main():
     order = Order(len(kept) if args.drop_noisy else len(data), args.seed, "cpu" if data.streams else device)
     generator = torch.Generator(device)
 
-    def draw(step):
-        """The batch of a step: this process takes rows [rank B/W, (rank + 1) B/W) of it, in --accum parts."""
+    mine_of = [slice(i * rows, (i + 1) * rows) for i in range(rank * args.accum, (rank + 1) * args.accum)]
+
+    def read(step):
+        """The images of a step: this process takes rows [rank B/W, (rank + 1) B/W) of the batch, in --accum parts."""
+        index = [order(step * B + mine.start, rows) for mine in mine_of]
+        index = [kept[i] for i in index] if args.drop_noisy else index
+        return [(i, data.read(i)) for i in index]
+
+    def draw(step, loaded):
+        """The batch of a step: what read(step) loaded, corrupted, and the random numbers."""
         flip, *numbers = draw_numbers(generator, args.seed, step, run.schedule.T, B, size)
         parts = []
-        for i in range(rank * args.accum, (rank + 1) * args.accum):
-            mine = slice(i * rows, (i + 1) * rows)
-            index = order(step * B + mine.start, rows)
-            index = kept[index] if args.drop_noisy else index
-            x0 = data.batch(index, flip[mine] if args.flip else None)
+        for mine, (index, pixels) in zip(mine_of, loaded):
+            x0 = data.batch(index, flip[mine] if args.flip else None, pixels)
             index = index.to(device, non_blocking=True)
             y = data.labels[index] if classifier else None
             noise = sigma_y[index] if args.robust == "ambient" else None
@@ -424,13 +429,14 @@ def main():
     bar = tqdm(total=args.iters, initial=first, desc=f"train {args.robust}", unit="step", disable=rank > 0)
     on_device = torch.cuda.set_device if device.type == "cuda" else torch.device  # a thread starts on GPU 0
     pool = ThreadPoolExecutor(1, initializer=on_device, initargs=(device,))
-    ahead = pool.submit(draw, first) if data.streams else None
+    ahead = pool.submit(read, first) if data.streams else None
     with bar:
         while step < args.iters and not must_stop(step):
-            if data.streams:  # read the next batch from disk meanwhile
-                parts, ahead = ahead.result(), pool.submit(draw, step + 1)
+            if data.streams:  # a thread reads the next batch from disk meanwhile; what may be compiled runs here alone
+                loaded, ahead = ahead.result(), pool.submit(read, step + 1)
             else:
-                parts = draw(step)
+                loaded = read(step)
+            parts = draw(step, loaded)
             if args.dropout > 0 or args.robust == "addt":  # ADDT draws as it goes: equal for equal --accum and processes
                 torch.manual_seed(seed_at(args.seed, step, stream=3 + rank))
             pending.append(update(run, args, step, parts, classifier))
