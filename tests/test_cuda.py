@@ -65,14 +65,19 @@ def fake_cuda():
         yield
 
 
-@pytest.fixture
-def gpu():
+@pytest.fixture(scope="module")
+def can_fake():
+    """Skips where PyTorch alone, as nothing of this project runs here, cannot do it."""
     try:
         with fake_cuda():
             x = torch.ones(2, device=CUDA, requires_grad=True)
             torch.autograd.grad((x * x).sum(), x)
-    except Exception as e:  # of PyTorch, as nothing of this project has run
+    except Exception as e:
         pytest.skip(f"no fake CUDA tensors in PyTorch {torch.__version__}: {type(e).__name__} {e}")
+
+
+@pytest.fixture
+def gpu(can_fake):
     with fake_cuda():
         yield
 
@@ -89,7 +94,7 @@ def classifier():
     net = WideResNet(10, 1, 10)
     for module in net.modules():
         for values in (module._parameters, module._buffers):
-            values.update({k: torch.empty_like(v, device=CUDA) for k, v in values.items() if v is not None})
+            values.update({k: torch.empty(v.shape, dtype=v.dtype, device=CUDA) for k, v in values.items() if v is not None})
     for p in net.parameters():
         p.requires_grad_(False)
     return net.eval()
@@ -171,9 +176,9 @@ HEAD = ("import triton\nimport triton.language as tl\nfrom torch._inductor.runti
         "from torch._inductor.runtime.triton_helpers import libdevice, math as tl_math\n")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def inductor():
-    """kernels.inductor_code within a pretended GPU of that capability; skips where even x -> sin(2 x) is beyond it."""
+    """-> run(make, capability), make() on a pretended GPU; skips where even x -> sin(2 x) is beyond PyTorch."""
     pytest.importorskip("triton")
 
     def run(make, capability=(9, 0)):
