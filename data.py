@@ -30,12 +30,14 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
 
 def philox(seed, index, stream, blocks):
-    """Philox4x32-10 (Salmon et al., 2011): seed int, index (B,) int64, stream int or tensor -> (B, blocks, 4) int64 < 2^32."""
+    """Philox4x32-10 (Salmon et al., 2011) -> (B, blocks, 4) int64 in [0, 2^32).
+
+    seed: int; index: (B,) int64; stream: int, or a 0-dim int64 tensor, with which a compiled caller is compiled once for all.
+    """
     mask = 0xFFFFFFFF
-    device = index.device
     index = index.view(-1, 1)
-    c = [torch.arange(blocks, device=device).expand(len(index), -1), torch.zeros_like(index) + (stream & mask),
-         index & mask, (index >> 32) & mask]
+    zero = index & 0  # added to the counter: Inductor would compute a bare arange, and its product, in int32
+    c = [torch.arange(blocks, device=index.device) + zero, zero + (stream & mask), index & mask, (index >> 32) & mask]
     k0, k1 = seed & mask, (seed >> 32) & mask
     for _ in range(10):
         p0, p1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57  # 64-bit products; int64 wraps, which leaves the bits right
@@ -55,7 +57,7 @@ def image_noise(seed, index, stream, shape):
     """Standard normal noise (B, *shape) float32 in which row i depends on (seed, index[i], stream) alone (Box-Muller)."""
     n = math.prod(shape)
     u = image_uniform(seed, index, stream, (-(-n // 4), 4))
-    r, phi = (-2 * u[..., :2].log()).sqrt(), 2 * np.pi * u[..., 2:]
+    r, phi = (-2 * u[..., :2].log()).sqrt(), 2 * math.pi * u[..., 2:]
     return torch.cat([r * phi.cos(), r * phi.sin()], dim=-1).flatten(1)[:, :n].reshape(-1, *shape)
 
 
@@ -120,7 +122,7 @@ class CorruptedImages:
             self.foreign = torch.from_numpy(synthetic_butterflies(min(FOREIGN, n), images.shape[1], seed=2)[0]).to(self.device)
         self._noise = image_noise
         if self.device.type == "cuda":  # one fused kernel instead of a hundred
-            self._noise = torch.compile(image_noise, dynamic=False)
+            self._noise = torch.compile(image_noise, dynamic=False, fullgraph=True)
 
     def __len__(self):
         return len(self.images)
@@ -130,18 +132,25 @@ class CorruptedImages:
         s = self.images.shape[1]
         return (3, s, s)
 
-    def clean(self, index):
-        """index (B,) int64 on the device -> x0 (B, 3, S, S) float32 in [-1, 1] without corruption, channels_last."""
-        if self.streams:
-            pixels = torch.from_numpy(self.images[index.cpu().numpy()])
-            pixels = pixels.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else pixels
-        else:
-            pixels = self.images[index]
-        return to_float(pixels)
+    def read(self, index):
+        """index (B,) int64 -> pixels (B, S, S, 3) uint8, on the device or, of a set that streams, on their way: a thread may
+        read ahead, as nothing is computed here."""
+        if not self.streams:
+            return self.images[index]
+        pixels = torch.from_numpy(self.images[index.cpu().numpy()])
+        return pixels.pin_memory() if self.device.type == "cuda" else pixels
 
-    def batch(self, index, flip=None):
+    def clean(self, index, pixels=None):
+        """index (B,) int64 on the device -> x0 (B, 3, S, S) float32 in [-1, 1] without corruption, channels_last.
+
+        pixels: what `read` gave for index, if it has been read already.
+        """
+        pixels = self.read(index) if pixels is None else pixels
+        return to_float(pixels.to(self.device, non_blocking=True))
+
+    def batch(self, index, flip=None, pixels=None):
         """As `clean`, with the corruption; flip (B,) bool mirrors the already corrupted image."""
-        x0, index = self.clean(index), index.to(self.device, non_blocking=True)
+        x0, index = self.clean(index, pixels), index.to(self.device, non_blocking=True)
         if self.corrupt != "gauss":
             x0 = torch.where(self.corrupted[index].view(-1, 1, 1, 1), self._corrupt(x0, index), x0)
         elif self.sigma > 0:

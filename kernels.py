@@ -27,7 +27,8 @@ import torch._inductor.fx_passes.fuse_attention
 import torch.utils._triton
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.graph import GraphLowering
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -110,6 +111,44 @@ def differentiable():
     with mock.patch.object(torch.Tensor, "_make_wrapper_subclass", staticmethod(make_wrapper)), \
             mock.patch.object(FunctionalTensorMode, "__torch_dispatch__", dispatch_on_cuda), \
             mock.patch.object(FunctionalTensor, "device", property(lambda self: self.elem.device), create=True), \
+            torch.autograd.set_multithreading_enabled(False):
+        yield
+
+
+@contextlib.contextmanager
+def eager_autograd():
+    """Within it fake tensors on CUDA are differentiable outside a graph too; in float32, as autocast would not know them."""
+    dispatch, to = FakeTensor.__torch_dispatch__, torch.ops.aten._to_copy
+    device_of, mode_dispatch, inside = torch.ops.prim.device.default, FakeTensorMode.__torch_dispatch__, []
+    engine = torch.autograd.graph._engine_run_backward
+
+    def answer(x):  # what C++ hears; Python reads x.device from the tensor itself
+        if x.fake_mode.in_kernel_invocation:
+            return torch.device("meta")
+        return CPU
+
+    def class_dispatch(cls, func, types, args=(), kwargs=None):
+        return answer(args[0]) if func is device_of else dispatch(func, types, args, kwargs or {})
+
+    def dispatch_on_cuda(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if inside and kwargs.get("device") == CPU:  # a formula of C++
+            kwargs["device"] = CUDA
+        return mode_dispatch(self, func, types, args, kwargs)
+
+    def run(*args, **kwargs):
+        inside.append(True)
+        try:
+            return engine(*args, **kwargs)
+        finally:
+            inside.pop()
+
+    with mock.patch.object(FakeTensor, "__torch_dispatch__", classmethod(class_dispatch)), \
+            mock.patch.object(FakeTensorMode, "__torch_dispatch__", dispatch_on_cuda), \
+            mock.patch.dict(fake_tensor._DISPATCH_META_HANDLERS, {device_of: lambda args: answer(args[0])}), \
+            mock.patch.object(torch.autograd.graph, "_engine_run_backward", run), \
+            mock.patch.object(torch.autograd, "_engine_run_backward", run), \
+            mock.patch.object(torch.Tensor, "cpu", lambda x: to(x, device=CPU)), \
             torch.autograd.set_multithreading_enabled(False):
         yield
 

@@ -422,10 +422,13 @@ class Batches:
 
     def __init__(self, args, data, sigma_y, T, device, rank=0, world=1):
         self.args, self.data, self.sigma_y, self.T = args, data, sigma_y, T
-        self.device, self.rank, self.world = device, rank, world
+        self.device = device
         where = "cpu" if data.streams else device
         self.kept = (sigma_y == 0).nonzero().flatten().to(where) if args.drop_noisy else None
         self.order = Order(len(data) if self.kept is None else len(self.kept), args.seed, where)
+        parts = world * args.accum
+        mine = range(rank * args.accum, (rank + 1) * args.accum)
+        self.rows = [slice(i, args.batch_size, parts) for i in mine]
         self.generator = torch.Generator(device)
         on_device = torch.cuda.set_device if device.type == "cuda" else torch.device
         self.pool = ThreadPoolExecutor(1, initializer=on_device, initargs=(device,))
@@ -433,26 +436,29 @@ class Batches:
 
     def __call__(self, step):
         if not self.data.streams:
-            return self.draw(step)
-        batch = self.ahead.result() if self.ahead else self.draw(step)
-        self.ahead = self.pool.submit(self.draw, step + 1)  # reads from disk meanwhile
-        return batch
+            return self.draw(step, self.read(step))
+        loaded = self.ahead.result() if self.ahead else self.read(step)
+        self.ahead = self.pool.submit(self.read, step + 1)  # reads from disk meanwhile, no more:
+        return self.draw(step, loaded)  # what may be compiled runs in this thread alone
 
-    def draw(self, step):
+    def read(self, step):
+        """[(image numbers, pixels)] of the parts."""
+        index = self.order(step * self.args.batch_size, self.args.batch_size)
+        index = index if self.kept is None else self.kept[index]
+        return [(index[rows], self.data.read(index[rows])) for rows in self.rows]
+
+    def draw(self, step, loaded):
+        """The parts of the batch: the images with their corruption, and the random numbers."""
         args = self.args
         B, size = args.batch_size, self.data.shape[1]
         numbers = draw_numbers(self.generator, args.seed, step, self.T, B, size)
         flip = numbers.pop("flip")
-        rows = self.order(step * B, B)
-        parts = self.world * args.accum
         batches = []
-        for i in range(self.rank * args.accum, (self.rank + 1) * args.accum):
-            mine = slice(i, B, parts)
-            index = rows[mine] if self.kept is None else self.kept[rows[mine]]
-            batch = {name: value[mine] for name, value in numbers.items()}
-            batch["x0"] = self.data.batch(index, flip[mine] if args.flip else None)
+        for rows, (index, pixels) in zip(self.rows, loaded):
+            batch = {name: value[rows] for name, value in numbers.items()}
+            batch["x0"] = self.data.batch(index, flip[rows] if args.flip else None, pixels)
             if args.dropout > 0:  # one mask per row and step, whatever the division
-                keys = torch.arange(i, B, parts, device=self.device)
+                keys = torch.arange(rows.start, B, rows.step, device=self.device)
                 batch["keys"] = keys + seed_at(args.seed, step, stream=4)
             index = index.to(self.device, non_blocking=True)
             if args.classifier:

@@ -1,0 +1,401 @@
+"""The CUDA path without a GPU: devices on fake tensors, Inductor's kernels compiled by Triton for sm_80 and sm_90, graphs.
+
+What is proven: no operator mixes devices; every kernel of the generated code compiles for those targets, and those of the
+random integers compute the right values; nothing breaks a graph or compiles it again. What is not: speed, and the numbers of
+kernels in floating point. Where private names of PyTorch have moved, the tests skip and say so.
+"""
+
+import contextlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from cli import call
+from torch._dynamo.testing import CompileCounter
+
+import attack
+import data
+import memorization
+import metrics
+import purify
+import sample
+import train
+from classifier import Features, WideResNet
+from data import CORRUPTION_STREAM, CorruptedImages, image_noise, philox
+from losses import NoiseSchedule
+from unet import UNet
+
+try:
+    import kernels
+    from kernels import CPU, CUDA
+except (ImportError, AttributeError) as e:
+    pytest.skip(f"kernels.py: PyTorch {torch.__version__} has moved a private name: {e}", allow_module_level=True)
+
+SHAPE = dict(channels=(32, 32), attention=(False, True), blocks=1, dropout=0.1)
+HEUN = sample.heun_timesteps(NoiseSchedule(), 3)
+B, S = 4, 8
+needs_codegen = pytest.mark.cuda_codegen
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: its tests are the others, run on it")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# devices
+
+
+@contextlib.contextmanager
+def fake_cuda():
+    """A GPU whose tensors hold no values: where one is read, it is 1."""
+    impls = torch._subclasses.fake_impls.op_implementations_dict
+    scalar = torch.ops.aten._local_scalar_dense.default
+
+    def numpy(x):
+        assert x.device == CPU, "numpy() of a tensor on the GPU"
+        return np.ones(x.shape, np.float32)
+
+    with kernels.pretended_gpu() as mode, mode, kernels.eager_autograd(), \
+            mock.patch.dict(impls, {scalar: lambda mode, func, x: 1.0 if x.dtype.is_floating_point else 1}), \
+            mock.patch.object(torch.Tensor, "numpy", numpy):
+        yield
+
+
+@pytest.fixture(scope="module")
+def can_fake():
+    """Skips where PyTorch alone, as nothing of this project runs here, cannot do it."""
+    try:
+        with fake_cuda():
+            x = torch.ones(2, device=CUDA, requires_grad=True)
+            torch.autograd.grad((x * x).sum(), x)
+    except Exception as e:
+        pytest.skip(f"no fake CUDA tensors in PyTorch {torch.__version__}: {type(e).__name__} {e}")
+
+
+@pytest.fixture
+def gpu(can_fake):
+    with fake_cuda():
+        yield
+
+
+def network():
+    return kernels.fake_parameters(UNet(**SHAPE), CUDA)
+
+
+def images(n=3):
+    return [torch.empty(B, S, S, 3, device=CUDA).permute(0, 3, 1, 2) for _ in range(n)]
+
+
+def classifier():
+    net = WideResNet(10, 1, 10)
+    for module in net.modules():
+        for values in (module._parameters, module._buffers):
+            values.update({k: torch.empty(v.shape, dtype=v.dtype, device=CUDA) for k, v in values.items() if v is not None})
+    for p in net.parameters():
+        p.requires_grad_(False)
+    return net.eval()
+
+
+@pytest.mark.parametrize("method", ["none", "ran", "adv", "inv-ran", "inv-adv", "huber", "ambient", "addt"])
+def test_devices_of_a_training_step(gpu, method):
+    args = train.parse_args(["--robust", method, "--amp", "fp32"])
+    run = train.prepare(network().train(), args, CUDA)
+    x0, eps, u = images()
+    t, y = (torch.zeros(B, dtype=torch.int64, device=CUDA) for _ in range(2))
+    part = x0, t, eps, torch.ones(B, device=CUDA), u, y, torch.ones(B, device=CUDA)
+    logs = train.update(run, args, 0, [part], classifier() if method == "addt" else None)
+    assert {v.device for v in logs.values()} == {CUDA}
+
+
+def drawn(sampler, **options):
+    index = torch.zeros(B, dtype=torch.int64, device=CUDA)
+    return sample.generate(network().eval(), NoiseSchedule().to(CUDA), index, (3, S, S), 0, CUDA, sampler, steps=3, **options)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "heun"])
+def test_devices_of_a_sampler(gpu, sampler, monkeypatch):
+    monkeypatch.setattr(sample, "heun_timesteps", lambda *args: HEUN)
+    assert drawn(sampler).device == CUDA
+
+
+def test_a_cpu_tensor_in_a_sampler_is_seen(gpu, monkeypatch):
+    """Planted: the coefficients of a step stay on the CPU."""
+    right = sample.ddpm_variance
+    monkeypatch.setattr(sample, "ddpm_variance", lambda *args: right(*args) * torch.ones(B))
+    with pytest.raises(RuntimeError, match="device"):
+        drawn("ddpm")
+
+
+@pytest.mark.parametrize("kind", data.CORRUPTIONS)
+def test_devices_of_a_batch(gpu, kind, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    x = CorruptedImages.__new__(CorruptedImages)
+    vars(x).update(device=CUDA, seed=0, sigma=0.5, corrupt=kind, streams=False, _noise=image_noise,
+                   images=torch.zeros(9, S, S, 3, dtype=torch.uint8, device=CUDA), foreign=torch.zeros(
+                       9, S, S, 3, dtype=torch.uint8, device=CUDA), corrupted=torch.ones(9, dtype=torch.bool, device=CUDA))
+    index = torch.zeros(B, dtype=torch.int64, device=CUDA)
+    assert x.batch(index, index > 0).device == CUDA
+
+
+def test_devices_of_the_attack(gpu):
+    schedule, index = NoiseSchedule().to(CUDA), torch.zeros(B, dtype=torch.int64, device=CUDA)
+    options = dict(steps=2, spacing="respaced", clip=True, variance="fixed-large")
+    pairs, step = attack.sampler_steps("ddpm", options, schedule.T)
+    tally = torch.zeros(B, len(attack.TALLY), dtype=torch.float64, device=CUDA)
+    on_step = attack.attack(network().eval(), schedule, pairs, step, index, 0, [0, 1], iters=2, eot=1, tally=tally)
+    assert on_step(0, pairs[0][0], images(1)[0]).device == CUDA
+
+
+@pytest.mark.parametrize("sampler", purify.SAMPLERS)
+def test_devices_of_a_purifier_under_attack(gpu, sampler, monkeypatch):
+    monkeypatch.setattr(purify, "heun_sample", sample.heun_sample)
+    monkeypatch.setattr(sample, "heun_timesteps", lambda *args: HEUN)
+    net = purify.PurifiedClassifier(network(), NoiseSchedule().to(CUDA), classifier(), sampler, t_star=2, nfe=2, rounds=1)
+    x, y = images(1)[0], torch.zeros(B, dtype=torch.int64, device=CUDA)
+    args = SimpleNamespace(seed=0, pgd=1, eot=1, evaluations=1)
+    row = purify.evaluate(net, x, y, torch.arange(B), args, "white", "l2")
+    assert row["robust"].device == CUDA
+
+
+def test_devices_of_search_and_features(gpu):
+    unit = [torch.ones(n, 16, device=CPU) for n in (5, 7)]
+    similarity, index = memorization.nearest(*unit, chunk_q=2, chunk_k=3, device=CUDA)
+    assert similarity.device == index.device == CPU
+    features, logits = metrics.extract(Features(classifier()), np.zeros((5, S, S, 3), np.uint8), 2, CUDA)
+    assert features.shape == (5, 64) and logits.shape == (5, 10)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# kernels
+
+HEAD = ("import triton\nimport triton.language as tl\nfrom torch._inductor.runtime import triton_helpers\n"
+        "from torch._inductor.runtime.triton_helpers import libdevice, math as tl_math\n")
+
+
+@pytest.fixture(scope="module")
+def inductor():
+    """-> run(make, capability), make() on a pretended GPU; skips where even x -> sin(2 x) is beyond PyTorch."""
+    pytest.importorskip("triton")
+
+    def run(make, capability=(9, 0)):
+        with kernels.pretended_gpu(capability) as mode, mode:
+            return make()
+
+    try:
+        run(lambda: kernels.inductor_code(lambda x: (2 * x).sin(), [torch.ones(8, device=CUDA)], [True]))
+    except Exception as e:
+        pytest.skip(f"Inductor's code cannot be had without a GPU in PyTorch {torch.__version__}: {type(e).__name__} {e}")
+    return run
+
+
+def loaded(kernel, folder):
+    """The kernel's Triton function, without the decorators that ask for a driver."""
+    path = folder / f"{kernel.name}.py"
+    path.write_text(HEAD + kernel.source[kernel.source.index("@triton.jit"):])
+    spec = importlib.util.spec_from_file_location(f"{kernel.name}_{abs(hash(kernel.source))}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, kernel.name)
+
+
+def compile_all(codes, folder, targets=(80, 90)):
+    """Every kernel of the codes through Triton and ptxas for the targets -> how many; equal ones once."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    found = {}
+    for kernel in (k for code in codes for k in kernels.triton_kernels(code.text)):
+        body = kernel.source[kernel.source.index("@triton.jit"):].replace(kernel.name, "kernel")
+        # sizes differ from layer to layer, which changes no type
+        found.setdefault((re.sub(r"\b\d{2,}\b", "N", body), str(kernel.signature)), kernel)
+    for kernel in found.values():
+        constants = {name: 16 for name, kind in kernel.signature.items() if kind == "constexpr"}
+        for target in targets:
+            source = ASTSource(fn=loaded(kernel, folder), signature=kernel.signature, constexprs=constants)
+            try:
+                compile(source, target=GPUTarget("cuda", target, 32))
+            except Exception as e:
+                raise AssertionError(f"{kernel.name}, sm_{target}: {str(e).strip().splitlines()[-1]}") from e
+    return len(found)
+
+
+def noise_code(function=image_noise):
+    index, stream = torch.zeros(3, dtype=torch.int64, device=CUDA), torch.zeros((), dtype=torch.int64, device=CUDA)
+    return (kernels.inductor_code(lambda i: function(2**63 + 7, i, CORRUPTION_STREAM, (3, S, S)), [index])
+            + kernels.inductor_code(lambda i, s: function(2**63 + 7, i, s, (3, S, S)), [index, stream]))
+
+
+@needs_codegen
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_kernels_of_the_noise(inductor, capability, tmp_path):
+    assert compile_all(inductor(noise_code, capability), tmp_path, [10 * capability[0]]) >= 2
+
+
+def bare_counter(seed, index, stream, blocks):
+    """philox as it was: Inductor keeps the counter, a bare arange, and its first product in int32."""
+    mask, index = 0xFFFFFFFF, index.view(-1, 1)
+    product = torch.arange(blocks, device=index.device).expand(len(index), -1) * 0xD2511F53
+    return torch.stack(torch.broadcast_tensors(*[(product >> 32 & mask) ^ index, product & mask] * 2), dim=-1)
+
+
+@needs_codegen
+def test_an_int32_constant_is_seen(inductor, monkeypatch, tmp_path):
+    """Planted: the counter that Triton refused, a constant above 2^31 in int32."""
+    monkeypatch.setattr(data, "philox", bare_counter)
+    with pytest.raises(AssertionError, match="int32"):
+        compile_all(inductor(noise_code), tmp_path, [90])
+
+
+INTERPRET = """
+import sys
+sys.path[:0] = [{folder!r}, {root!r}]
+import torch
+from {name} import {name} as kernel
+from data import philox
+index, out = torch.tensor({index}), torch.zeros({shape}, dtype=torch.int64)
+kernel[(-(-out.numel() // 64),)](index, out, out.numel(), XBLOCK=64)
+assert torch.equal(out, philox({seed}, index, {stream}, {blocks})), "the kernel's integers are not those of eager"
+"""
+
+
+@needs_codegen
+@pytest.mark.parametrize("planted", [False, True])
+def test_integer_kernel_equals_eager(inductor, planted, tmp_path):
+    """The kernel of philox in Triton's interpreter, bit for bit; with a digit of its constants changed it differs."""
+    index, seed, blocks = [0, 1, 49_999, 2**40 + 3], 2**63 + 2**31 + 7, 48
+    code, = inductor(lambda: kernels.inductor_code(lambda i: philox(seed, i, CORRUPTION_STREAM, blocks),
+                                                   [torch.zeros(4, dtype=torch.int64, device=CUDA)]))
+    kernel, = kernels.triton_kernels(code.text)
+    assert [v for v in kernel.signature.values() if v != "constexpr"] == ["*i64", "*i64", "i32"]
+    body = kernel.source[kernel.source.index("@triton.jit"):]
+    if planted:
+        body = body.replace("3528531795", "3528531797")
+    (tmp_path / f"{kernel.name}.py").write_text(HEAD + body)
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    script = INTERPRET.format(folder=str(tmp_path), root=root, name=kernel.name, index=index, seed=seed, blocks=blocks,
+                              stream=CORRUPTION_STREAM, shape=(4, blocks, 4))
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | dict(TRITON_INTERPRET="1"), capture_output=True,
+                          text=True)
+    if planted:
+        assert done.returncode != 0 and "not those of eager" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+
+
+def network_code(mode):
+    """Of the small network in bf16: "training" forward and backward, "frozen" (as the attack calls it), "sampling"."""
+    net = network().train(mode != "sampling")
+    args = [images(1)[0], torch.zeros(B, dtype=torch.int64, device=CUDA), *net.parameters()]
+    needs = [mode == "frozen", False] + [mode == "training"] * (len(args) - 2)
+    return kernels.code_of(net, [v.detach() for v in args], tuple(needs), torch.bfloat16)
+
+
+@needs_codegen
+@pytest.mark.parametrize("mode", ["training", "frozen", "sampling"])
+def test_kernels_of_the_network(inductor, mode, tmp_path):
+    codes = inductor(lambda: network_code(mode))
+    assert len(codes) == (1 if mode == "sampling" else 2)
+    assert compile_all(codes, tmp_path) > 20
+
+
+def step_code():
+    x, eps, z = images()
+    abars = [torch.ones(B, dtype=torch.float64, device=CUDA) for _ in range(2)]
+    return [code for step in (sample.ddpm_step, sample.ddim_step)
+            for code in kernels.inductor_code(lambda *args, step=step: step(*args), [x, eps, z, *abars])]
+
+
+@needs_codegen
+def test_kernels_of_a_sampling_step(inductor, tmp_path):
+    assert compile_all(inductor(step_code), tmp_path) >= 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# graphs
+
+
+def test_noise_is_one_graph_for_all_streams():
+    torch._dynamo.reset()
+    counter, index = CompileCounter(), torch.arange(3)
+    noise = torch.compile(image_noise, backend=counter, dynamic=False, fullgraph=True)
+    for stream in (0, 5, CORRUPTION_STREAM):
+        assert torch.equal(noise(1, index, torch.tensor(stream), (3, S, S)), image_noise(1, index, stream, (3, S, S)))
+    assert counter.frame_count == 1
+
+
+def test_a_graph_break_is_seen(monkeypatch):
+    """Planted: a value of the noise is printed."""
+    torch._dynamo.reset()
+    right = data.philox
+
+    def talks(*args):
+        bits = right(*args)
+        torch._dynamo.graph_break()
+        return bits
+
+    monkeypatch.setattr(data, "philox", talks)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(image_noise, backend="eager", fullgraph=True)(1, torch.arange(3), 0, (3, S, S))
+
+
+def test_network_and_sampler_steps_are_one_graph():
+    torch._dynamo.reset()
+    net, x = UNet(**SHAPE).eval(), torch.randn(2, 3, S, S)
+    abar = torch.full((2,), 0.5, dtype=torch.float64), torch.full((2,), 0.6, dtype=torch.float64)
+    with torch.no_grad():
+        torch.compile(net, backend="eager", fullgraph=True)(x, torch.zeros(2, dtype=torch.int64))
+        for step in (sample.ddpm_step, sample.ddim_step):
+            torch.compile(step, backend="eager", fullgraph=True)(x, x, x, *abar)
+
+
+def test_adversarial_training_compiles_two_graphs():
+    """The network with gradients in its weights, and frozen with one in its input; no more in 20 steps and a resume."""
+    torch._dynamo.reset()
+    counter, args = CompileCounter(), train.parse_args(["--robust", "adv", "--amp", "fp32", "--warmup", "0"])
+    run = train.prepare(UNet(**SHAPE).train(), args, CPU, backend=counter)
+    generator = torch.Generator()
+    for step in range(20):
+        if step == 10:
+            again = [part.state_dict() for part in (run.net, run.ema, run.optimizer)]
+            for part, state in zip((run.net, run.ema, run.optimizer), again):
+                part.load_state_dict(state)
+        _, *numbers = train.draw_numbers(generator, 0, step, 1000, 2, S)
+        train.update(run, args, step, [(torch.zeros(2, 3, S, S), *numbers)])
+        if step == 0:
+            assert counter.frame_count == 2
+    assert counter.frame_count == 2
+
+
+def test_loader_thread_only_reads(monkeypatch, tmp_path):
+    """Of a set that streams, the noise is drawn, which may compile it, where the network is compiled: in the main thread."""
+    in_main = {"read": set(), "noise": set()}
+
+    def noted(name, function):
+        def call(*args):
+            in_main[name].add(threading.current_thread() is threading.main_thread())
+            return function(*args)
+        return call
+
+    def streaming(*args):
+        streams = CorruptedImages(*args, budget=0)
+        streams._noise = noted("noise", streams._noise)
+        streams.images = Reads(streams.images)
+        return streams
+
+    class Reads(np.ndarray):
+        def __new__(cls, images):
+            return images.view(cls)
+
+        def __getitem__(self, index):
+            return noted("read", np.ndarray.__getitem__)(self.view(np.ndarray), index)
+
+    monkeypatch.setattr(train, "CorruptedImages", streaming)
+    flags = "--model mini --image-size 8 --data synthetic:16 --batch-size 2 --p 0.5 --sigma 0.2 --iters 2 --sample-every 0"
+    monkeypatch.setattr(train, "generate", lambda *args, **kw: torch.zeros(64, 3, S, S))
+    assert call(train, *flags.split(), "--device", "cpu", "--out", tmp_path) == 0
+    assert in_main == {"read": {False}, "noise": {True}}
