@@ -42,38 +42,41 @@ import train
 from data import CorruptedImages, Order, load_images
 from kernels import CPU, CUDA
 from losses import NoiseSchedule
+from runtime import memory
 from sample import autocast, generate, heun_timesteps, layout, precision, setup
-from train import METHODS, RECIPES, memory
+from train import OBJECTIVES, RECIPES
 from unet import PRESETS, UNet
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+
+METHODS = ["none", *(name for name, (_, flags, _) in OBJECTIVES.items() if "reg_last" in flags)]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the step of train.py
 
 
 def draws(data, B, device, seed=0):
-    """-> draw(step) -> x0, t, eps, beta, u: the batch of a step and its random numbers, (B, 3, S, S) or (B,)."""
+    """-> draw(step) -> dict(x0, t, eps, beta, u): the batch of a step and its random numbers, (B, 3, S, S) or (B,)."""
     order, generator, T = Order(len(data), seed, device), torch.Generator(device), NoiseSchedule().T
 
     def draw(step):
-        flip, *numbers = train.draw_numbers(generator, seed, step, T, B, data.shape[1])
-        return data.batch(order(step * B, B), flip), *numbers
+        numbers = train.draw_numbers(generator, seed, step, T, B, data.shape[1])
+        return dict(x0=data.batch(order(step * B, B), numbers.pop("flip")), **numbers)
 
     return draw
 
 
 def settings(method, amp="auto"):
-    """train.py's own for --robust `method` and --model ddpm, without the warm-up."""
-    return train.parse_args(["--robust", method, "--amp", amp, "--warmup", "0"])
+    """train.py's own for --robust `method` and --model ddpm, without the warm-up; the regulariser on every row, as in P1."""
+    return train.parse_args(["--robust", method, "--amp", amp, "--warmup", "0", "--reg-last", "1", "--reg-share", "1"])
 
 
 def training(net, device, amp="auto", backend=None, world=1):
-    """-> step(method, x0, t, eps, beta, u) -> dict(loss, .., grad_norm), one step on `net`; backend: that of torch.compile."""
+    """-> step(method, batch) -> dict(loss, .., grad_norm), one step on `net`; backend: that of torch.compile."""
     args, done = {method: settings(method, amp) for method in METHODS}, itertools.count()
     run = train.prepare(net.train(), args["none"], device, world, backend)
-    return lambda method, *batch: train.update(run, args[method], next(done), [batch])
+    return lambda method, batch: train.train_step(run, args[method], next(done), [batch])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,7 +128,8 @@ def rows_of(section, seconds, images, reference, **columns):
 def flops_of(net, method, batch):
     """FLOPs of the passes of one step, 2 per multiply-add of a matrix product or convolution, backward included."""
     with FlopCounterMode(display=False) as counter:
-        train.loss_of(net, NoiseSchedule().to(batch[0].device), settings(method), *batch)[0].backward()
+        objective = OBJECTIVES[method][0]
+        objective(net, NoiseSchedule().to(batch["x0"].device), settings(method), **batch)[0].backward()
     net.zero_grad(set_to_none=True)
     return counter.get_total_flops()
 
@@ -160,8 +164,8 @@ def methods(args, device, draw):
     """none, ran, adv, ... on one network. cost: time relative to the first; peak_GB: on a CPU that of the process so far."""
     net, batch = new_net(args, device), draw(0)
     step = training(net, device, args.amp, args.backend)
-    calls = {m: lambda m=m: step(m, *batch) for m in args.methods}
-    flops, peak = {m: flops_of(net, m, [v[:1] for v in batch]) for m in calls}, {}  # per image
+    calls = {m: lambda m=m: step(m, batch) for m in args.methods}
+    flops, peak = {m: flops_of(net, m, {k: v[:1] for k, v in batch.items()}) for m in calls}, {}  # per image
     for m, call in calls.items():
         call()
         if device.type == "cuda":
@@ -190,7 +194,7 @@ def modes(args, device, draw):
         x0, t, eps, beta, u = batch
         mine = [x0.contiguous(memory_format=form), t, eps.contiguous(memory_format=form), beta, u]
         step = training(new_net(args, device).to(memory_format=form), device, amp, backend)
-        calls[name] = lambda step=step, mine=mine: step("none", *mine)
+        calls[name] = lambda step=step, mine=mine: step("none", mine)
     return rows_of("modes", interleaved(calls, args, device), dict.fromkeys(calls, args.batch_size), "eager")
 
 
@@ -213,7 +217,7 @@ class Reference(torch.nn.Module):
 
 def against(args, device, draw):
     """The same step with diffusers' network, in both memory formats; the ratio is to its better one."""
-    rows, x0 = [], draw(0)[0]
+    rows, x0 = [], draw(0)["x0"]
     for amp in ("fp32", "bf16") if args.amp == "auto" else (args.amp,):
         for backend in (None, args.backend) if args.backend else (None,):
             calls = {}
@@ -222,8 +226,8 @@ def against(args, device, draw):
                 torch.manual_seed(0)
                 net = new_net(args, device) if name == "ours" else Reference(args.image_size, **PRESETS[args.model])
                 step = training(net.to(device, memory_format=form), device, amp, backend)
-                batch = [v.contiguous(memory_format=form) if v.shape == x0.shape else v for v in draw(0)]
-                calls[f"{amp}{', compile' if backend else ''}: {name}"] = lambda step=step, batch=batch: step("none", *batch)
+                batch = {k: v.contiguous(memory_format=form) if v.shape == x0.shape else v for k, v in draw(0).items()}
+                calls[f"{amp}{', compile' if backend else ''}: {name}"] = lambda step=step, batch=batch: step("none", batch)
             seconds = interleaved(calls, args, device)
             better = min(list(calls)[1:], key=lambda name: np.median(seconds[name]))
             rows += rows_of("against", seconds, dict.fromkeys(calls, args.batch_size), better)
@@ -236,7 +240,7 @@ def sampling(args, device, draw):
     schedule = NoiseSchedule().to(device)
     mode = "reduce-overhead" if device.type == "cuda" else None  # as sample.py
     model = torch.compile(net, mode=mode) if args.backend else net
-    shape, B = draw(0)[0].shape[1:], args.batch_size
+    shape, B = draw(0)["x0"].shape[1:], args.batch_size
     timed, whole = {"ddpm": 4, "ddim": 4, "heun": 2}, {"ddpm": 1000, "ddim": 100, "heun": 18}  # steps
 
     def call(sampler):
@@ -258,7 +262,7 @@ def loader(args, device, draw):
 
     def real():
         nonlocal done
-        pending.append(step("none", *draw(done)))
+        pending.append(step("none", draw(done)))
         done += 1
         if done % 10 == 0:  # one host sync for many steps
             values = torch.stack([torch.stack(list(d.values())) for d in pending]).tolist()
@@ -266,7 +270,7 @@ def loader(args, device, draw):
                 f.write(json.dumps(values) + "\n")
             pending.clear()
 
-    seconds = interleaved({"fixed batch": lambda: step("none", *batch), "batch, draws, log": real}, args, device)
+    seconds = interleaved({"fixed batch": lambda: step("none", batch), "batch, draws, log": real}, args, device)
     (Path(args.out) / "loader.jsonl").unlink(missing_ok=True)
     share = {name: np.median(1 - seconds["fixed batch"] / s) for name, s in seconds.items()}
     return rows_of("loader", seconds, dict.fromkeys(seconds, args.batch_size), "fixed batch", share=share)
@@ -323,7 +327,7 @@ def worker(args):
     device, rank, world = setup(args.device)
     step = training(new_net(args, device), device, args.amp, args.backend, world)
     batch = draws(dataset(args, device), args.batch_size, device, seed=rank)(0)
-    (seconds,) = interleaved({"step": lambda: step("none", *batch)}, args, device, world).values()
+    (seconds,) = interleaved({"step": lambda: step("none", batch)}, args, device, world).values()
     if rank == 0:
         Path(args.worker).write_text(json.dumps(seconds.tolist()))
     if world > 1:
@@ -339,11 +343,11 @@ def profile(args, device, draw):
     with (Path(args.out) / "profile.txt").open("w") as f:
         for method in args.methods:
             for k in range(2):
-                step(method, *draw(k))
+                step(method, draw(k))
             synchronize(device)
             with torch.profiler.profile(activities=activities) as record:
                 for k in range(n):
-                    step(method, *draw(k))
+                    step(method, draw(k))
             events = record.key_averages()
             by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
             f.write(f"{method}, {n} steps of {args.batch_size}\n{events.table(sort_by=by, row_limit=30)}\n")

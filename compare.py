@@ -83,12 +83,17 @@ def training_rows(settings, size, args):
     return rows
 
 
+def shown_of(numbers):
+    """The few of a sample's numbers that figures and steps.md show: the noise never stands alone. table.csv has all."""
+    return [k for k in numbers if k in ("noise_level", "IS", "recall") or k.startswith(("FID", "Fréchet"))]
+
+
 def side_by_side(results, out, args):
     """OUT/table.csv and side_by_side.png: the training images, then each sample. results: as of sample_and_score."""
     samples, _, trained = zip(*results.values())
     settings = [tuple(t.get(k) for k in ("data", "p", "sigma", "seed", "corrupt")) for t in trained]
     training = training_rows(settings, samples[0].shape[-1], args)
-    rows = [(name, x, {"noise_level": metrics.noise_level(x).mean().item()}) for name, x in training]
+    rows = [(name, x, metrics.image_statistics(x)) for name, x in training]
     rows += [(folder.name, x, numbers) for folder, (x, numbers, _) in results.items()]
     columns = list(dict.fromkeys(k for _, _, d in rows for k in d))
     lines = [",".join(["name", *columns])]
@@ -100,7 +105,8 @@ def side_by_side(results, out, args):
     fig, axes = plt.subplots(len(rows), 1, figsize=(9, height * len(rows)), layout="constrained", squeeze=False)
     for ax, (name, x, d) in zip(axes[:, 0], rows):
         ax.imshow(pictures(x[:shown], nrow=16), interpolation="nearest")
-        ax.set_title(f"{name}: noise level {d['noise_level']:.3f}", fontsize=10, loc="left", pad=3)
+        title = ", ".join(f"{k.replace('_', ' ')} {d[k]:.3f}" for k in shown_of(d))
+        ax.set_title(f"{name}: {title}", fontsize=10, loc="left", pad=3)
         ax.axis("off")
     fig.savefig(out / "side_by_side.png", dpi=120)
     plt.close(fig)
@@ -111,7 +117,7 @@ def fewer_steps(numbers, out, args):
 
     numbers: {(checkpoint, steps, spacing): {name: value}}
     """
-    keys = [k for k in next(iter(numbers.values())) if k not in ("IS_std", "n_reference")]
+    keys = shown_of(next(iter(numbers.values())))
     titles = {"noise_level": "noise level ([-1, 1] scale)", "IS": "Inception Score"}
     steps = sorted(args.steps, reverse=True)
     lines = [f"{args.sampler}, n = {args.n}: {' / '.join(keys)}", "",

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -70,8 +71,47 @@ def judged_faulty(clean, faulty, *samples):
     return [float((np.asarray(f, np.float64) @ w > (mu0 + mu1) @ w / 2).mean()) for f in (clean[1::2], faulty[1::2], *samples)]
 
 
+def diversity(real, fake, k=5):
+    """Precision, recall (Kynkäänniemi et al., 2019), density and coverage (Naeem et al., 2020) of features (n, d) -> dict.
+
+    With the ball of a point reaching to its k-th neighbour in its own set: precision is the share of fake points in a real
+    ball, recall of real points in a fake ball; density counts the real balls around a fake point, over k; coverage is the share
+    of real balls that hold a fake point. Recall and coverage fall where variety is lost; all depend on both n.
+    """
+    real = torch.as_tensor(real, dtype=torch.float32)
+    fake = torch.as_tensor(fake, dtype=torch.float32)
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(f"diversity: {len(real)} and {len(fake)} images, need more than k = {k} of each")
+    radius_real = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # the nearest neighbour is the point itself
+    radius_fake = torch.cdist(fake, fake).kthvalue(k + 1, dim=1).values
+    distance = torch.cdist(real, fake)
+    in_real = distance <= radius_real[:, None]
+    return dict(
+        precision=in_real.any(0).double().mean().item(),
+        recall=(distance <= radius_fake).any(1).double().mean().item(),
+        density=in_real.double().sum(0).mean().item() / k,
+        coverage=in_real.any(1).double().mean().item())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # single images
+
+
+def image_statistics(x):
+    """What a set of images x (n, C, S, S) in [-1, 1] looks like to no network -> dict of floats.
+
+    noise_level: the mean of `noise_level`; brightness_std: standard deviation, over the set, of an image's mean;
+    power_1 .. power_4: power per pixel in four bands of spatial frequency, up to 1/8, 1/4, 1/2, 1 of the highest along an axis
+    (and beyond), without each image's mean.
+    """
+    waves = torch.fft.fft2(x - x.mean((2, 3), keepdim=True), norm="forward")
+    spectrum = waves.abs().square().mean((0, 1))
+    frequency = torch.fft.fftfreq(x.shape[-1], device=x.device).abs() * 2  # 1 is the highest along an axis
+    radius = (frequency[:, None].square() + frequency.square()).sqrt()
+    edges = [0.0, 1 / 8, 1 / 4, 1 / 2, 2.0]
+    power = {f"power_{i}": spectrum[(radius > low) & (radius <= high)].sum().item()
+             for i, (low, high) in enumerate(zip(edges, edges[1:]), 1)}
+    return dict(noise_level=noise_level(x).mean().item(), brightness_std=x.flatten(1).mean(1).std().item(), **power)
 
 
 def psnr(x, y, peak=2.0):
@@ -100,6 +140,15 @@ def noise_mad(x):
     """
     r = _mask_response(x)
     return (r - r.median(1, keepdim=True).values).abs().median(1).values / 0.6744897501960817 / 6
+
+
+def estimate_noise(data, above):
+    """noise_mad of every image of a data.CorruptedImages as it is -> (N,) float32, 0 where it is <= above."""
+    sigma = torch.empty(len(data), device=data.device)
+    parts = torch.arange(len(data), device=data.device).split(500)
+    for index in tqdm(parts, "estimate the noise", leave=False, disable=len(parts) == 1):
+        sigma[index] = noise_mad(data.batch(index))
+    return torch.where(sigma > above, sigma, 0)
 
 
 def _mask_response(x):
@@ -224,6 +273,7 @@ def cli(main):
     TRACEBACK=1 in the environment shows where it came from.
     """
     def refuse(parser, message):  # argparse would print its usage, of up to 20 lines, first
+        message = re.sub(r"^argument (\S+): (?=\S+: )", r"\1 ", message)  # --p 1.5: must lie in ..
         parser.exit(2, f"{parser.prog}: {message}; see --help\n")
 
     argparse.ArgumentParser.error = refuse

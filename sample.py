@@ -287,8 +287,12 @@ def evaluate(images, args, scorer, data, device):
     if not np.isfinite(features).all():
         raise ValueError(f"{name}: the samples' features hold NaN; did training diverge?")
     score, spread = metrics.inception_score(logits)
-    return {name: metrics.frechet_distance(*metrics.moments(features), mu, cov), "IS": score, "IS_std": spread,
-            "n_reference": len(reference)}
+    few = reference[:: -(-len(reference) // 10_000)]  # at most 10,000: the balls are compared in pairs
+    real, _ = metrics.extract(network, few, args.batch_size, device)
+    varied = metrics.diversity(real, features) if len(images) > 5 and len(few) > 5 else {}
+    of_data = metrics.image_statistics(to_float(torch.from_numpy(np.array(few))))
+    return {name: metrics.frechet_distance(*metrics.moments(features), mu, cov), "IS": score, "IS_std": spread, **varied,
+            "n_reference": len(reference), **{f"data_{k}": v for k, v in of_data.items()}}
 
 
 def add_arguments(parser):
@@ -395,7 +399,7 @@ def sample_and_score(runs, args):
         if rank == 0:
             x = save_sample(images, Path(out), args.png)
             data = reference_name(args, trained) if args.fid else None
-            numbers = {"noise_level": metrics.noise_level(x).mean().item()}
+            numbers = metrics.image_statistics(x)
             numbers |= evaluate(images, args, scorer, data, device) if data else {}
             metrics.write_metrics(out, started, seed=args.seed, device=device, n=args.n, ckpt=path, sampler=args.sampler,
                                   **options[out], **(dict(reference=data) if data else {}), **numbers)

@@ -18,13 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from losses import NoiseSchedule
+
 PRESETS = {
     # DDPM on CIFAR-10, attention at 16x16: 35.7 M parameters.
     "ddpm": dict(channels=(128, 256, 256, 256), attention=(False, True, False, False), blocks=2, dropout=0.1),
     # DDIM's CelebA network for 64x64, attention at 16x16: 78.7 M parameters.
     "ddpm64": dict(channels=(128, 256, 256, 256, 512), attention=(False, False, True, False, False), blocks=2, dropout=0.1),
-    # 2.6 M parameters on 2x2 patches (ours): the cheapest here per step, 0.4 of tiny.
-    "mini": dict(channels=(96, 96), attention=(False, True), blocks=1, dropout=0.0, patch=2),
+    # 2.6 M parameters on 2x2 patches, v inside (ours): the cheapest here per step, 0.4 of tiny.
+    "mini": dict(channels=(96, 96), attention=(False, True), blocks=1, dropout=0.0, patch=2, velocity=True),
     # 2.8 M parameters, trains on a CPU at 16x16 (minutes) or 32x32. No dropout: its runs are too short to overfit.
     "tiny": dict(channels=(64, 96, 96), attention=(False, True, False), blocks=1, dropout=0.0),
 }
@@ -48,6 +50,34 @@ def conv3x3(c_in, c_out, stride=1, padding=1):
     return nn.Conv2d(c_in, c_out, 3, stride=stride, padding=padding)
 
 
+class Dropout(nn.Module):
+    """Dropout. Given keys (B,) int64, row i of the mask is a function of keys[i] and `number`, that of the layer.
+
+    Equal keys give equal masks, in every forward and on every device. Without keys it is torch's.
+    """
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+        self.number = 0
+
+    def forward(self, x, keys=None):
+        if keys is None or self.p == 0 or not self.training:
+            return F.dropout(x, self.p, self.training)
+        element = torch.arange(x[0].numel(), device=x.device).view(x.shape[1:])
+        row = scramble(scramble(keys) ^ self.number).view(-1, 1, 1, 1)
+        keep = scramble(element ^ row) >= self.p * 2**32
+        return x * keep.to(x.dtype) / (1 - self.p)
+
+
+def scramble(x):
+    """A permutation of 0..2^32 - 1 that leaves no pattern (lowbias32, C. Wellons): int64 -> int64, elementwise."""
+    x = x & 0xFFFFFFFF
+    x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
 class ResBlock(nn.Module):
     def __init__(self, c_in, c_out, c_emb, groups, dropout):
         super().__init__()
@@ -55,15 +85,15 @@ class ResBlock(nn.Module):
         self.conv1 = conv3x3(c_in, c_out)
         self.emb = nn.Linear(c_emb, c_out)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv2 = conv3x3(c_out, c_out)
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x, shift):
-        """shift (B, c_out): self.emb of the time embedding, which UNet.shifts computes for all blocks at once."""
+    def forward(self, x, shift, keys):
+        """shift (B, c_out): self.emb of the time embedding, which UNet.shifts computes for all blocks; keys: of Dropout."""
         h = F.conv2d(F.silu(self.norm1(x)), self.conv1.weight, padding=1)
         h = h + (shift + self.conv1.bias.to(shift.dtype))[:, :, None, None]  # one sum over pixels in the backward
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h)), keys))
         return self.skip(x) + h
 
 
@@ -101,15 +131,21 @@ class UNet(nn.Module):
 
     channels: width of each resolution, halving from one to the next, so H and W must divide by `factor`,
     patch 2^(len(channels) - 1); attention: per resolution; blocks: residual blocks per resolution; patch: the network sees
-    patch x patch pixels as channels (ours, for CPUs: wants channels[0] well above 2 in_channels patch^2).
+    patch x patch pixels as channels (ours, for CPUs: wants channels[0] well above 2 in_channels patch^2). velocity: the last
+    layer gives v (Salimans & Ho, 2022) on the schedule NoiseSchedule(), so that x^_0 = sqrt(abar) x_t - sqrt(1 - abar) v is no
+    difference of large numbers where t is large; what comes out is eps as ever (ours, for short trainings).
+    mask_keys: (B,) int64 or None. The forwards of Robust_adv compare outputs: with a dropout mask each, the attack and the
+    regulariser would hold the masks' noise, so that train.py gives the rows of a batch one mask for a whole step (ours).
     `config` rebuilds the network: UNet(**net.config).
     """
 
     def __init__(self, channels=(128, 256, 256, 256), attention=(False, True, False, False), blocks=2, dropout=0.1,
-                 groups=32, in_channels=3, patch=1):
+                 groups=32, in_channels=3, patch=1, velocity=False):
         super().__init__()
         self.config = dict(channels=list(channels), attention=list(attention), blocks=blocks, dropout=dropout,
-                           groups=groups, in_channels=in_channels, patch=patch)
+                           groups=groups, in_channels=in_channels, patch=patch, velocity=velocity)
+        if velocity:
+            self.register_buffer("alphas_bar", NoiseSchedule().alphas_bar.float(), persistent=False)
         self.patch, self.factor = patch, patch * 2 ** (len(channels) - 1)
         c0, c_emb, last = channels[0], 4 * channels[0], len(channels) - 1
         self.time = nn.Sequential(nn.Linear(c0, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
@@ -133,6 +169,10 @@ class UNet(nn.Module):
                 widths.append((c + skips.pop(), width))
                 c = width
             self.up.append(Level(widths, c_emb, attention[i], groups, dropout, conv3x3(c, c) if i > 0 else None))
+
+        self.mask_keys = None  # (B,) int64: one dropout mask for all forwards of a step, see Dropout
+        for i, block in enumerate(m for m in self.modules() if isinstance(m, Dropout)):
+            block.number = i
 
         self.norm_out = nn.GroupNorm(groups, c0, eps=1e-6)
         self.conv_out = conv3x3(c0, in_channels * patch**2)
@@ -175,27 +215,34 @@ class UNet(nn.Module):
         x = x.contiguous(memory_format=layout_of(self.conv_in.weight))
         emb = timestep_embedding(t, self.time[0].in_features).to(self.time[0].weight.dtype)
         shifts = self.shifts(F.silu(self.time(emb)))
+        keys = self.mask_keys
+        if keys is not None:  # of x's first rows, then of the first again
+            keys = torch.cat([keys, keys])[: len(x)]
 
         h = self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
         hs = [h]
         for level in self.down:
             for res, attn in zip(level.res, level.attn):
-                h = attn(res(h, next(shifts)))
+                h = attn(res(h, next(shifts), keys))
                 hs.append(h)
             if level.resample is not None:
                 h = level.resample(F.pad(h, (0, 1, 0, 1)))  # right and bottom only, as in DDPM's TensorFlow code
                 hs.append(h)
 
         for res, attn in zip(self.mid.res, self.mid.attn):
-            h = attn(res(h, next(shifts)))
+            h = attn(res(h, next(shifts), keys))
 
         for level in self.up:
             for res, attn in zip(level.res, level.attn):
-                h = attn(res(torch.cat([h, hs.pop()], dim=1), next(shifts)))
+                h = attn(res(torch.cat([h, hs.pop()], dim=1), next(shifts), keys))
             if level.resample is not None:
                 h = level.resample(F.interpolate(h, scale_factor=2.0, mode="nearest"))
         h = self.conv_out(F.silu(self.norm_out(h)))
-        return (F.pixel_shuffle(h, self.patch) if self.patch > 1 else h).to(x.dtype)
+        h = (F.pixel_shuffle(h, self.patch) if self.patch > 1 else h).to(x.dtype)
+        if not self.config["velocity"]:
+            return h
+        abar = self.alphas_bar[t].to(x.dtype).view(-1, 1, 1, 1)
+        return (1 - abar).sqrt() * x + abar.sqrt() * h  # eps of v = sqrt(abar) eps - sqrt(1 - abar) x_0
 
     @classmethod
     def load(cls, checkpoint, ema=True):

@@ -54,22 +54,23 @@ def batches(B=4):
 def test_step_and_draws_are_those_of_train(tmp_path, smaller, monkeypatch):
     """Three steps of both from the same weights: equal bit for bit, so that what is timed is what is trained."""
     monkeypatch.setattr(train, "generate", lambda *args, **kw: torch.zeros(64, 3, 8, 8))  # no time for its last grid
-    flags = "--model tiny --image-size 8 --data synthetic:64 --batch-size 4 --robust adv --p 0.9 --sigma 0.2 --iters 3".split()
+    flags = "--model tiny --image-size 8 --data synthetic:64 --batch-size 4 --robust adv --p 0.9 --sigma 0.2 --iters 3"
+    flags = [*flags.split(), "--reg-last", 1, "--reg-share", 1]
     assert call(train, *flags, "--lr", 2e-4, "--warmup", 0, "--sample-every", 0, "--device", "cpu", "--out", tmp_path) == 0
     expected = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
     torch.manual_seed(0)
     net = UNet(**PRESETS["tiny"]).to(memory_format=torch.channels_last)
     step, draw = bench.training(net, CPU), batches()
     for k in range(3):
-        step("adv", *draw(k))
+        step("adv", draw(k))
     assert all(torch.equal(expected[name], value) for name, value in net.state_dict().items())
 
 
 def test_flops_are_counted_passes():
     """The forward's convolutions by hand, then every method's passes, 3 F, 6 F and 8 F but for a few layers, exactly."""
-    net, batch = small_net(), [v[:1] for v in batches()(0)]
+    net, batch = small_net(), {k: v[:1] for k, v in batches()(0).items()}
     with bench.FlopCounterMode(display=False) as counter:
-        net(batch[0], batch[1])
+        net(batch["x0"], batch["t"])
     layers = [(9, 8, 3, 32)] + 2 * [(9, 8, 32, 32)] + 7 * [(9, 4, 32, 32)]  # taps, size, c_in, c_out: down and middle
     layers += 2 * [(9, 4, 64, 32), (1, 4, 64, 32), (9, 4, 32, 32)] + [(9, 8, 32, 32)]  # up
     layers += 2 * [(9, 8, 64, 32), (1, 8, 64, 32), (9, 8, 32, 32)] + [(9, 8, 32, 3)]
@@ -81,7 +82,7 @@ def test_flops_are_counted_passes():
     scores = 2 * 16 * 16 * 32  # of the 16 pixels' attention, the first of its two products: its backward repeats it
     embedding = time_in + 2 * 128 * 128 + 8 * 2 * 128 * 32  # not part of the way from x_t to eps
     full, attack = 2 * F - conv_in - time_in + scores, F - embedding + 3 * scores  # backwards; both factors are activations
-    flops = {m: bench.flops_of(net, m, batch) for m in train.METHODS}
+    flops = {m: bench.flops_of(net, m, batch) for m in bench.METHODS}
     assert flops["none"] == F + full
     assert flops["ran"] == flops["inv-ran"] == 2 * (F + full)
     assert flops["adv"] == flops["inv-adv"] == 3 * F + attack + 2 * full

@@ -74,17 +74,18 @@ def images(folder):
 
 def test_tables_hold_the_numbers_of_the_records(compared):
     lines = (compared / "steps.md").read_text().splitlines()
-    assert lines[0] == "ddpm, n = 6: noise_level / FID / IS" and lines[2] == "| checkpoint | spacing | 3 | 2 |"
+    assert lines[0] == "ddpm, n = 6: noise_level / FID / IS / recall" and lines[2] == "| checkpoint | spacing | 3 | 2 |"
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:]]
     assert [row[:2] for row in rows] == [[c, s] for c in ("ddpm", "robust") for s in ("respaced", "naive", "truncated")]
     table = dict(line.split(",", 1) for line in (compared / "table.csv").read_text().splitlines())
-    assert table.pop("name") == "noise_level,FID,IS,IS_std,n_reference"
+    columns = table.pop("name").split(",")
+    assert {"noise_level", "brightness_std", "power_1", "FID", "IS", "recall", "coverage", "n_reference"} <= set(columns)
     for name, spacing, *cells in rows:
         for steps, cell in zip((3, 2), cells):
             r = record(compared / f"{name}-{steps}-{spacing}")
             assert (r["steps"], r["spacing"], r["n"], r["reference"]) == (steps, spacing, 6, "synthetic:64")
-            assert cell == " / ".join(f"{r[k]:.4g}" for k in ("noise_level", "FID", "IS"))
-            row = ",".join(f"{r[k]:.4f}" for k in ("noise_level", "FID", "IS", "IS_std", "n_reference"))
+            assert cell == " / ".join(f"{r[k]:.4g}" for k in ("noise_level", "FID", "IS", "recall"))
+            row = ",".join(f"{r[k]:.4f}" for k in columns)
             assert table.pop(f"{name}-{steps}-{spacing}") == row
     assert len({cell for row in rows for cell in row[2:]}) == 12  # no two samples alike
     clean, noisy = (float(table.pop(k).split(",")[0]) for k in ("clean training images", "as trained on"))

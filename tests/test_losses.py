@@ -1,5 +1,6 @@
 """Equations 2 to 10, in float64, against closed forms or NumPy."""
 
+import itertools
 import math
 
 import numpy as np
@@ -376,6 +377,44 @@ def test_eq10_gradient_is_finite_differences(perturb, constraint):
         with torch.no_grad():
             p.add_(1e-6 * direction)
         assert (values[0] - values[1]) / 2e-6 == pytest.approx((p.grad * direction).sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("perturb", ["ran", "adv"])
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_eq10_share_is_unbiased(perturb, share):
+    """On a share of the rows, the mean over all orders of the batch is the full term, and so are its gradients."""
+    model = mlp()
+    x0, t, eps = batch(4)
+    t[0] = 20  # lambda_t large
+    beta, u = rand_like(t.double(), 0.5, 2), rand_like(x0)
+
+    def loss_and_gradients(order, share):
+        rows = [v[list(order)] for v in (x0, t, eps)]
+        loss, parts = robust_loss(model, SCHEDULE, *rows, perturb, beta=beta[list(order)], u=u[list(order)], share=share)
+        return torch.cat([loss.detach()[None], parts["L_reg"][None],
+                          *(g.flatten() for g in torch.autograd.grad(loss, list(model.parameters())))])
+
+    orders = list(itertools.permutations(range(4)))
+    mean = torch.stack([loss_and_gradients(order, share) for order in orders]).mean(0)
+    full = loss_and_gradients(orders[0], 1.0)
+    torch.testing.assert_close(mean, full, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(loss_and_gradients(orders[0], share), full, rtol=1e-3)  # one order alone is another number
+
+
+@pytest.mark.parametrize("perturb, rows", [("ran", [8 + 2]), ("adv", [8, 2, 2])])
+def test_eq10_share_is_the_work_done(perturb, rows):
+    """share = 1/4 of 8 rows: one forward over 10 (ran), or 8 clean, 2 in the attack, 2 perturbed (adv)."""
+    model, seen = mlp(), []
+
+    def counted(x, t):
+        seen.append(len(x))
+        assert len(x) == len(t)
+        return model(x, t)
+
+    robust_loss(counted, SCHEDULE, *batch(8), perturb, share=0.25)
+    assert seen == rows
+    with pytest.raises(ValueError, match="share"):
+        robust_loss(model, SCHEDULE, *batch(8), perturb, share=0.0)
 
 
 @pytest.mark.parametrize("detach", [False, True])

@@ -8,6 +8,7 @@ import torch
 from scipy import linalg, signal, stats
 from torch import nn
 
+import metrics
 from metrics import (
     Inception,
     extract,
@@ -291,3 +292,50 @@ def test_noise_mad_against_scipy(layout):
     responses = [np.stack([signal.convolve2d(channel, mask, mode="valid") for channel in image]).ravel() for image in x]
     expected = [stats.median_abs_deviation(r, scale="normal") / 6 for r in responses]
     np.testing.assert_allclose(noise_mad(torch.from_numpy(x).contiguous(memory_format=layout)), expected, rtol=1e-12)
+
+
+def test_diversity_against_definition():
+    """Precision, recall, density and coverage by loops over all pairs."""
+    g = np.random.default_rng(0)
+    real, fake, k = g.normal(size=(40, 3)), g.normal(size=(30, 3)) * 0.6 + 0.3, 4
+
+    def radii(a):
+        return [sorted(np.linalg.norm(a - p, axis=1))[k] for p in a]
+
+    def inside(points, centres, r):
+        return np.array([[np.linalg.norm(p - c) <= ri for c, ri in zip(centres, r)] for p in points])
+
+    fake_in_real, real_in_fake = inside(fake, real, radii(real)), inside(real, fake, radii(fake))
+    expected = dict(precision=fake_in_real.any(1).mean(), recall=real_in_fake.any(1).mean(),
+                    density=fake_in_real.sum() / (k * len(fake)), coverage=fake_in_real.any(0).mean())
+    assert metrics.diversity(real, fake, k) == pytest.approx(expected)
+    assert len(set(expected.values())) == 4  # none could stand in for another
+
+
+def test_diversity_sees_collapse():
+    """Copies of one real image are precise but not varied; another sample of the same kind is both."""
+    g = torch.Generator().manual_seed(0)
+    real, other = torch.randn(2, 500, 4, generator=g)
+    alike, collapsed = metrics.diversity(real, other), metrics.diversity(real, real[:1] + 1e-3 * other)
+    assert collapsed["precision"] == 1 and collapsed["recall"] < 0.05 and collapsed["coverage"] < 0.1
+    assert alike["recall"] > 0.8 and alike["coverage"] > 0.9 and abs(alike["density"] - 1) < 0.15
+    with pytest.raises(ValueError, match="need more than"):
+        metrics.diversity(real[:5], other)
+
+
+def test_image_statistics():
+    """A wave lies in its band with power 1/2; white noise has its variance in all bands; brightness is the mean's."""
+    size = 32
+    x = torch.arange(size) / size
+    for band, cycles in ((1, 2), (2, 4), (3, 8), (4, 16)):
+        wave = torch.cos(2 * np.pi * cycles * x).expand(2, 3, size, size)
+        s = metrics.image_statistics(wave)
+        power = [s[f"power_{i}"] for i in range(1, 5)]
+        assert power[band - 1] == pytest.approx(1.0 if cycles == size / 2 else 0.5, rel=1e-4)
+        assert sum(power) == pytest.approx(power[band - 1], rel=1e-4)
+    noise = 0.3 * torch.randn(200, 3, size, size, generator=torch.Generator().manual_seed(0))
+    level = torch.linspace(-1, 1, 200).view(-1, 1, 1, 1)
+    s = metrics.image_statistics(noise + level)
+    assert sum(s[f"power_{i}"] for i in range(1, 5)) == pytest.approx(0.09, rel=0.01)
+    assert s["noise_level"] == pytest.approx(0.3, rel=0.01)
+    assert s["brightness_std"] == pytest.approx(level.std().item(), rel=0.01)

@@ -25,6 +25,7 @@ from unet import UNet
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--model tiny --image-size 8 --data synthetic:64 --batch-size 8 --device cpu --sample-every 0 --log-every 1".split()
 NOISY = "--p 0.9 --sigma 0.2".split()
+ADV = "--robust adv --reg-last 1 --reg-share 1".split()  # Eq. 10 as P1 prints it
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -56,7 +57,7 @@ def weights(out):
 def checkpoint(tmp_path_factory):
     """Ten steps of Robust_adv, uninterrupted."""
     out = tmp_path_factory.mktemp("adv")
-    assert call(train, *SMALL, *NOISY, "--robust", "adv", "--iters", 10, "--warmup", 2, "--out", out) == 0
+    assert call(train, *SMALL, *NOISY, *ADV, "--iters", 10, "--warmup", 2, "--out", out) == 0
     return out
 
 
@@ -70,7 +71,7 @@ def test_run_leaves_its_files(checkpoint):
 
 
 def test_kill_and_resume_equals_uninterrupted(checkpoint, tmp_path):
-    args = [*SMALL, *NOISY, "--robust", "adv", "--warmup", "2", "--out", str(tmp_path)]
+    args = [*SMALL, *NOISY, *ADV, "--warmup", "2", "--out", str(tmp_path)]
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *args, "--iters", "100000", "--save-every", "3"],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
@@ -95,7 +96,7 @@ def test_sigterm_saves_and_exits_cleanly(checkpoint, tmp_path, monkeypatch):
         return real(seed, k, stream)
 
     monkeypatch.setattr(train, "seed_at", seed_at)
-    args = [*SMALL, *NOISY, "--robust", "adv", "--iters", 10, "--warmup", 2, "--out", tmp_path]
+    args = [*SMALL, *NOISY, *ADV, "--iters", 10, "--warmup", 2, "--out", tmp_path]
     assert call(train, *args) == 0
     assert weights(tmp_path)[1]["step"] == 4
     monkeypatch.setattr(train, "seed_at", real)
@@ -105,9 +106,88 @@ def test_sigterm_saves_and_exits_cleanly(checkpoint, tmp_path, monkeypatch):
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 11))  # none lost, none twice
 
 
+@pytest.mark.parametrize("stop", [3, 5, 8])
+def test_resume_in_either_phase_equals_uninterrupted(stop, tmp_path, monkeypatch):
+    """Plain DDPM up to step 5 of 10, then the regulariser on a quarter of the rows; stopped before, at and after the change."""
+    late = "--robust adv --reg-last 0.5 --reg-share 0.25".split()
+    args = [*SMALL, *NOISY, *late, "--iters", 10, "--warmup", 2]
+    assert call(train, *args, "--out", tmp_path / "whole") == 0
+    update, done = train.train_step, []
+
+    def stopping(*inputs):
+        done.append(1)
+        if len(done) == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*inputs)
+
+    monkeypatch.setattr(train, "train_step", stopping)
+    assert call(train, *args, "--out", tmp_path / "parts") == 0
+    assert weights(tmp_path / "parts")[1]["step"] == stop
+    assert call(train, "--resume", "--out", tmp_path / "parts", "--device", "cpu") == 0
+    assert torch.equal(weights(tmp_path / "parts")[0], weights(tmp_path / "whole")[0])  # bit for bit
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert [("L_reg" in d) for d in lines] == [False] * 5 + [True] * 5
+
+
+def test_first_phase_is_plain_ddpm(tmp_path):
+    """Up to the step where the regulariser begins, --robust adv is --robust none, bit for bit."""
+    args = [*SMALL, *NOISY, "--warmup", 2]
+    assert call(train, *args, "--iters", 5, "--out", tmp_path / "none") == 0
+    adv = [*args, "--robust", "adv", "--iters", 10, "--reg-last", 0.5, "--save-every", 5]
+    real, kept = train.save_checkpoint, []
+
+    def keep(path, ckpt):
+        kept.append((ckpt["step"], {k: v.clone() for k, v in ckpt["model"].items()}))
+        real(path, ckpt)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", keep)
+        assert call(train, *adv, "--out", tmp_path / "adv") == 0
+    step, at_change = kept[0]
+    plain = weights(tmp_path / "none")[1]["model"]
+    assert step == 5 and all(torch.equal(at_change[k], plain[k]) for k in plain)
+    assert not all(torch.equal(kept[-1][1][k], plain[k]) for k in plain)
+
+
+def test_growing_iters_past_the_change_is_refused(tmp_path, capsys):
+    """--iters sets where the regulariser begins: a longer run would have begun later."""
+    args = [*SMALL, *NOISY, "--robust", "adv", "--iters", 4, "--reg-last", 0.5, "--out", tmp_path]
+    assert call(train, *args) == 0
+    assert call(train, "--resume", "--iters", 40, "--out", tmp_path, "--device", "cpu") == 2
+    assert "began at step 2" in capsys.readouterr().err
+
+
+def test_resume_across_memory_layouts(tmp_path):
+    """Fused Adam walks over weights and moments in memory order: moments saved in another layout are laid out anew."""
+    args = train.parse_args([*SMALL, "--warmup", "0", "--lr", "1e-2"])
+    torch.manual_seed(0)
+    net = train.UNet(**train.PRESETS["tiny"])
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 900])
+
+    def step(run):
+        train.train_step(run, args, 5, [dict(x0=x, t=t, eps=x.flip(0))])
+        return [p.detach().contiguous() for p in run.params]
+
+    run = train.prepare(copy.deepcopy(net).to(memory_format=torch.channels_last), args, torch.device("cpu"))
+    step(run)
+    state, saved = copy.deepcopy(run.net.state_dict()), copy.deepcopy(run.optimizer.state_dict())
+    for moments in saved["state"].values():  # as a device with the other layout leaves them
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments[key] = moments[key].contiguous()
+    expected, ends = step(run), []
+    for form in (torch.channels_last, torch.contiguous_format):
+        resumed = train.prepare(copy.deepcopy(net).to(memory_format=form), args, torch.device("cpu"))
+        resumed.net.load_state_dict(state)
+        resumed.optimizer.load_state_dict(copy.deepcopy(saved))
+        train.lay_out_moments(resumed.optimizer)
+        ends.append(step(resumed))
+    assert all(torch.equal(a, b) for a, b in zip(ends[0], expected))
+    assert all((a - b).abs().max() < 1e-3 for a, b in zip(ends[1], expected))  # another layout, another rounding
+
+
 def test_two_processes_and_accumulation_equal_one_process(tmp_path):
     """Sums are taken in another order, and Adam divides gradients near 0 by their own size: hence the small --lr."""
-    args = [*SMALL, *NOISY, "--robust", "adv", "--iters", "5", "--warmup", "0", "--lr", "1e-4"]
+    args = [*SMALL, *NOISY, *ADV, "--iters", "5", "--warmup", "0", "--lr", "1e-4", "--dropout", "0.1"]
     torchrun("train.py", *args, "--out", tmp_path / "two")
     assert call(train, *args, "--accum", 4, "--out", tmp_path / "accum") == 0
     assert call(train, *args, "--out", tmp_path / "one") == 0
@@ -124,7 +204,7 @@ def test_streamed_data_trains_the_same(checkpoint, tmp_path, monkeypatch):
             super().__init__(*args, budget=0)
 
     monkeypatch.setattr(train, "CorruptedImages", Streamed)
-    assert call(train, *SMALL, *NOISY, "--robust", "adv", "--iters", 10, "--warmup", 2, "--out", tmp_path) == 0
+    assert call(train, *SMALL, *NOISY, *ADV, "--iters", 10, "--warmup", 2, "--out", tmp_path) == 0
     assert torch.equal(weights(tmp_path)[0], weights(checkpoint)[0])
 
 
@@ -275,7 +355,7 @@ def test_full_disk_keeps_the_previous_checkpoint(capsys, tmp_path, checkpoint, m
 
 
 RIVALS = {"ambient": "--robust ambient --sigma-scale 1.2", "huber": "--robust huber --corrupt outliers",
-          "drop": "--robust ran --drop-noisy --noisy-above 0.1"}
+          "drop": "--robust ran --reg-last 1 --drop-noisy --noisy-above 0.1"}
 
 
 @pytest.fixture
@@ -322,11 +402,11 @@ def test_noise_is_estimated_from_the_corrupted_images():
     from data import CorruptedImages, synthetic_butterflies
 
     data = CorruptedImages(synthetic_butterflies(700, 16)[0], None, 0.9, 0.2)
-    sigma = train.estimate_noise(data, 0.1)
+    sigma = metrics.estimate_noise(data, 0.1)
     assert torch.equal(sigma > 0, data.corrupted)
     assert sigma[data.corrupted].mean().item() == pytest.approx(0.21, abs=0.02)
     torch.testing.assert_close(sigma[data.corrupted], metrics.noise_mad(data.batch(torch.arange(700)))[data.corrupted])
-    assert (train.estimate_noise(data, 10) == 0).all()
+    assert (metrics.estimate_noise(data, 10) == 0).all()
 
 
 def test_train_refuses_senseless_rivals(capsys, tmp_path):
@@ -351,7 +431,7 @@ def test_train_refuses_senseless_rivals(capsys, tmp_path):
 def test_draw_numbers_have_their_distributions():
     """t uniform on 0..T-1, beta on [0.5, 2], u on [-1, 1], eps standard normal, half the images mirrored; new in each step."""
     g, n = torch.Generator(), 4000
-    flip, t, eps, beta, u = train.draw_numbers(g, 5, 7, 1000, n, 8)
+    flip, t, beta, eps, u = train.draw_numbers(g, 5, 7, 1000, n, 8).values()
     assert abs(flip.double().mean() - 0.5) < 0.04 and t.min() >= 0 and t.max() <= 999
     for x, low, high in ((t.double(), 0, 999), (beta.double(), 0.5, 2), (u.double().flatten(), -1, 1)):
         x = ((x - low) / (high - low)).sort().values
@@ -359,14 +439,14 @@ def test_draw_numbers_have_their_distributions():
     assert eps.shape == u.shape == (n, 3, 8, 8) and abs(eps.mean()) < 0.005 and abs(eps.var() - 1) < 0.01
     assert abs(eps.double().pow(4).mean() - 3) < 0.06
     again, other = (train.draw_numbers(g, 5, step, 1000, n, 8) for step in (7, 8))
-    assert torch.equal(eps, again[2]) and not torch.equal(eps, other[2]) and (t != other[1]).float().mean() > 0.99
+    assert torch.equal(eps, again["eps"]) and not torch.equal(eps, other["eps"]) and (t != other["t"]).float().mean() > 0.99
 
 
 def test_no_flip_mirrors_nothing(tmp_path, monkeypatch, no_pictures):
     """The batch is then what the set gives without flips; by default about half of it is mirrored."""
-    batches, real = {}, train.loss_of
+    batches, real = {}, train.ddpm_loss
     for flag in ("--flip", "--no-flip"):
-        monkeypatch.setattr(train, "loss_of", lambda *a, flag=flag, **kw: batches.update({flag: a[3]}) or real(*a, **kw))
+        monkeypatch.setattr(train, "ddpm_loss", lambda *a, flag=flag: batches.update({flag: a[2]}) or real(*a))
         assert call(train, *SMALL, *NOISY, "--batch-size", 64, "--iters", 1, flag, "--out", tmp_path / flag) == 0
     same = (batches["--flip"] == batches["--no-flip"]).flatten(1).all(1)
     mirrored = (batches["--flip"].flip(3) == batches["--no-flip"]).flatten(1).all(1)
@@ -394,8 +474,8 @@ def test_update_is_adam_with_warmup_clipping_and_a_ramped_average():
         g = torch.Generator().manual_seed(step)
         x0, eps = (size * torch.randn(6, 2, 2, 2, dtype=torch.float64, generator=g) for _ in range(2))
         t = torch.randint(1000, (6,), generator=g)
-        parts = [(x0[i : i + 3], t[i : i + 3], eps[i : i + 3], None, None) for i in (0, 3)]
-        logged = train.update(run, args, step, parts)
+        parts = [dict(x0=x0[i : i + 3], t=t[i : i + 3], eps=eps[i : i + 3]) for i in (0, 3)]
+        logged = train.train_step(run, args, step, parts)
         a = abar[t].view(-1, 1, 1, 1)
         x, e = (v.transpose(0, 1).flatten(1).numpy() for v in (a.sqrt() * x0 + (1 - a).sqrt() * eps, eps))
         r = w[:, None] * x - e
@@ -420,15 +500,16 @@ def test_bf16_update_is_autocast(method):
     torch.manual_seed(0)
     net = UNet(channels=(32, 32), attention=(False, True), blocks=1, dropout=0.0)
     torch.nn.init.normal_(net.conv_out.weight, std=0.1)
-    args = train.parse_args(f"--lr 0.01 --warmup 0 --clip-grad 0 --amp bf16 --robust {method}".split())
+    paper = [] if method == "none" else "--reg-last 1 --reg-share 1".split()
+    args = train.parse_args([*f"--lr 0.01 --warmup 0 --clip-grad 0 --amp bf16 --robust {method}".split(), *paper])
     run, plain = (train.prepare(copy.deepcopy(net), args, torch.device("cpu")) for _ in range(2))
     plain.model, plain.weights = plain.net, plain.params  # as in --amp fp32, but under autocast
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
-        _, *numbers = train.draw_numbers(generator, 0, step, 1000, 4, 8)
-        x0 = torch.randn(4, 3, 8, 8, generator=generator)
-        parts = [[v[i : i + 2] for v in (x0, *numbers)] for i in (0, 2)]
-        ours, theirs = (train.update(r, args, step, parts) for r in (run, plain))
+        numbers = train.draw_numbers(generator, 0, step, 1000, 4, 8)
+        numbers["x0"] = torch.randn(4, 3, 8, 8, generator=generator)
+        parts = [{k: v[i : i + 2] for k, v in numbers.items()} for i in (0, 2)]
+        ours, theirs = (train.train_step(r, args, step, parts) for r in (run, plain))
         assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=0 if method == "none" else 0.02)
         for p, q in zip(run.params, plain.params) if step == 0 or method == "none" else ():
             assert p.grad.dtype == torch.float32  # "adv" sums the gradients of two forwards in bf16
@@ -502,8 +583,9 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("flags", [
-    "none --corrupt blur --p 0.9 --sigma 1", "ran --drop-noisy --p 0.5 --sigma 0.3", "adv --accum 2 --p 0.9 --sigma 0.2",
-    "inv-adv --corrupt patch --p 0.9 --sigma 0.5", "ambient --corrupt salt-pepper --p 0.9 --sigma 0.2",
+    "none --corrupt blur --p 0.9 --sigma 1", "ran --reg-last 1 --drop-noisy --p 0.5 --sigma 0.3",
+    "adv --reg-last 1 --accum 2 --p 0.9 --sigma 0.2", "inv-adv --reg-last 1 --corrupt patch --p 0.9 --sigma 0.5",
+    "ambient --corrupt salt-pepper --p 0.9 --sigma 0.2",
     "huber --corrupt outliers --p 0.9", "addt --init CHECKPOINT --classifier CLASSIFIER"])
 def test_step_never_waits_for_the_device(flags, checkpoint, classifiers, tmp_path, monkeypatch, no_pictures):
     """From the first draw of a run to its last: two whole rounds of the loop, the draws, the update and what is logged."""

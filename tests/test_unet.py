@@ -5,11 +5,12 @@ import errno
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from unet import PRESETS, Attention, UNet, load_checkpoint, save_checkpoint
+from unet import PRESETS, Attention, Dropout, UNet, load_checkpoint, save_checkpoint
 
 CONFIG = dict(
     sample_size=32, in_channels=3, out_channels=3, layers_per_block=2, block_out_channels=(128, 256, 256, 256),
@@ -55,6 +56,21 @@ def agree(net, ref, size=32, atol=1e-5):
 
 
 # diffusers -----------------------------------------------------------------------------------------------------------
+
+
+def test_velocity_network_gives_eps():
+    """x_t = sqrt(abar) x_0 + sqrt(1-abar) eps and v = sqrt(abar) eps - sqrt(1-abar) x_0 solved for eps, x_0."""
+    x, _ = inputs(4, 16)
+    t = torch.tensor([0, 300, 700, 999])
+    plain = random_net(**dict(PRESETS["mini"], velocity=False))
+    net = UNet(**dict(PRESETS["mini"], velocity=True)).eval()
+    net.load_state_dict(plain.state_dict())  # the schedule is no weight
+    abar = torch.from_numpy(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))[t].float().view(-1, 1, 1, 1)
+    with torch.no_grad():
+        v, eps = plain(x, t), net(x, t)
+    x0 = abar.sqrt() * x - (1 - abar).sqrt() * v
+    torch.testing.assert_close(abar.sqrt() * x0 + (1 - abar).sqrt() * eps, x)  # Eq. 2
+    torch.testing.assert_close(abar.sqrt() * eps - (1 - abar).sqrt() * x0, v)
 
 
 def test_parity_with_diffusers():
@@ -131,6 +147,44 @@ def test_refuses_what_is_no_diffusers_folder(tmp_path):
 
 
 # the network ---------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_by_keys():
+    """The share p is dropped, the rest enlarged; other rows, layers and keys drop others, as independent draws would."""
+    x, keys = torch.ones(2000, 4, 3, 3), torch.arange(2000) * 7 + 123456789
+    layers = [Dropout(0.3), Dropout(0.3)]
+    layers[1].number = 1
+    masks = [layer(x, keys) for layer in layers] + [layers[0](x, keys + 2000 * 7)]
+    assert set(masks[0].unique().tolist()) == {0.0, torch.tensor(1 / 0.7).item()}
+    dropped = [(m == 0).double() for m in masks]
+    for d in dropped:
+        assert abs(d.mean() - 0.3) < 4 * (0.21 / d.numel()) ** 0.5
+        for axis in ((1, 2, 3), (0, 2, 3)):  # of a row, of a channel
+            spread = d.mean(axis).std() / (0.21 / (d.numel() / len(d.mean(axis)))) ** 0.5
+            assert 0.4 < spread < 1.9 if len(d.mean(axis)) < 10 else abs(spread - 1) < 0.1
+    pairs = [(dropped[0], dropped[1]), (dropped[0], dropped[2]), (dropped[0][1:], dropped[0][:-1]),
+             (dropped[0][..., 1:], dropped[0][..., :-1])]
+    for a, b in pairs:
+        assert abs((a * b).mean() - 0.09) < 5 * (0.09 * 0.91 / a.numel()) ** 0.5
+    assert torch.equal(layers[0](x, keys), masks[0])
+    assert torch.equal(layers[0].eval()(x, keys), x)
+
+
+def test_one_dropout_mask_for_all_forwards_of_a_step():
+    """With mask_keys the net is a function: over B rows, over the first of them, and over both at once ("ran")."""
+    net = random_net(**dict(PRESETS["tiny"], dropout=0.3)).train()
+    x = torch.randn(6, 3, 8, 8)
+    t = torch.arange(6) * 150
+    with torch.no_grad():
+        assert not torch.allclose(net(x, t), net(x, t), atol=1e-3)
+        net.mask_keys = torch.arange(6) + 5
+        y = net(x, t)
+        torch.testing.assert_close(net(x, t), y, rtol=0, atol=0)
+        torch.testing.assert_close(net(x[:2], t[:2]), y[:2], rtol=1e-4, atol=1e-5)
+        both = net(torch.cat([x, x[:2]]), torch.cat([t, t[:2]]))
+        torch.testing.assert_close(both, torch.cat([y, y[:2]]), rtol=1e-4, atol=1e-5)
+        net.mask_keys = torch.arange(6) + 99
+        assert not torch.allclose(net(x, t), y, atol=1e-3)
 
 
 def test_starts_at_zero():
