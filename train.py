@@ -437,7 +437,7 @@ class Batches:
     def __call__(self, step):
         if not self.data.streams:
             return self.draw(step, self.read(step))
-        loaded = self.ahead.result() if self.ahead else self.read(step)
+        loaded = (self.ahead or self.pool.submit(self.read, step)).result()
         self.ahead = self.pool.submit(self.read, step + 1)  # reads from disk meanwhile, no more:
         return self.draw(step, loaded)  # what may be compiled runs in this thread alone
 
