@@ -29,6 +29,7 @@ from tqdm import tqdm
 import metrics
 from data import load_images, seed_at
 from losses import NoiseSchedule, ddpm_loss, robust_loss
+from runtime import between
 from sample import ddim_timesteps, generate, setup
 from unet import UNet
 
@@ -96,16 +97,18 @@ def train(method, x, args, seed, schedule, device, evaluate):
     net = net.to(device, memory_format=torch.channels_last).train()
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
+    late = args.iters - round(args.reg_last * args.iters)  # plain DDPM before
     for step in tqdm(range(args.iters), desc=method, leave=False):
         torch.manual_seed(seed_at(seed, step, stream=4))  # the same images, t and noise for every method
         x0 = x[torch.randint(len(x), (args.batch_size,), device=device)]
         t = torch.randint(schedule.T, (args.batch_size,), device=device)
         eps = torch.randn_like(x0)
-        if loss_args is None:
+        if loss_args is None or step < late:
             loss = ddpm_loss(net, schedule, x0, t, eps)  # Eq. 4
         else:
             perturb, constraint, lam = loss_args
-            loss, _ = robust_loss(net, schedule, x0, t, eps, perturb, constraint, lam)  # Eq. 10, Eq. 9
+            loss, _ = robust_loss(net, schedule, x0, t, eps, perturb, constraint, lam,  # Eq. 10, Eq. 9
+                                  share=args.reg_share)
         for group in optimizer.param_groups:  # short warm-up, then cosine to 0: a short run has no time to settle by itself
             group["lr"] = args.lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / args.iters))
         optimizer.zero_grad(set_to_none=True)
@@ -133,6 +136,9 @@ def main():
     add("--patch", type=int, default=1, help="the U-Net sees S/patch x S/patch patches of patch x patch pixels; 1: pixels")
     add("--channels", type=int, nargs="+", default=[64, 64], help="widths of the U-Net, multiples of 32")
     add("--iters", type=int, default=1500)
+    share = between(0, 1, above=True)
+    add("--reg-last", type=share, default=1.0, metavar="F", help="regularise in the last share F of the steps; 1: always")
+    add("--reg-share", type=share, default=1.0, metavar="Q", help="regularise the first Q of the rows of a batch; 1: all")
     add("--batch-size", type=int, default=16)
     add("--lr", type=float, default=3e-3)
     add("--eval-every", type=int, default=500)

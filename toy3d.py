@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from losses import NoiseSchedule, ddpm_loss, perturbation_radius, robust_loss
 from metrics import cli, write_metrics
+from runtime import between
 from sample import ddim_sample, ddpm_sample
 
 matplotlib.use("Agg")
@@ -152,16 +153,17 @@ def train(method, jobs, args, schedule):
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
     every = torch.arange(len(jobs), device=args.device)
-    for _ in tqdm(range(args.steps), desc=f"train {method} x {len(jobs)}", mininterval=1, leave=False):
+    late = args.steps - round(args.reg_last * args.steps)  # plain DDPM before
+    for step in tqdm(range(args.steps), desc=f"train {method} x {len(jobs)}", mininterval=1, leave=False):
         x0 = data[every, torch.randint(args.points, (BATCH, len(jobs)), device=args.device)].view(-1, 3)
         t = torch.randint(schedule.T, (len(x0),), device=args.device)
         eps = torch.randn_like(x0)
-        if method == "none":
+        if method == "none" or step < late:
             loss = ddpm_loss(model, schedule, x0, t, eps)
         else:
             perturb, constraint = METHODS[method]
             loss, _ = robust_loss(model, schedule, x0, t, eps, perturb=perturb, constraint=constraint, lam=args.lam,
-                                  omega=args.omega, gamma=args.gamma)
+                                  omega=args.omega, gamma=args.gamma, share=round(args.reg_share * BATCH) / BATCH)
         optimizer.zero_grad()
         (loss * model.M).backward()  # the mean is over M networks: each gets the gradient of its own loss
         optimizer.step()
@@ -524,6 +526,9 @@ def parse():
     add("--lam", type=float, default=0.3)
     add("--omega", type=float, default=2.0)
     add("--gamma", type=float, default=8 / 255)
+    share = between(0, 1, above=True)
+    add("--reg-last", type=share, default=1.0, metavar="F", help="regularise in the last share F of the steps; 1: always")
+    add("--reg-share", type=share, default=1.0, metavar="Q", help="regularise the first Q of the rows of a batch; 1: all")
     add("--steps", type=int, default=3000, help="training steps")
     add("--sample-steps", type=int, default=500, help="of the DDPM sampler")
     add("--n", type=int, default=2000, help="samples per network")

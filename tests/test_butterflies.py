@@ -87,6 +87,15 @@ def test_a_small_run_leaves_its_files(monkeypatch, tmp_path):
         assert np.abs(f["noisy/adv"]).max() < 3
 
 
+def test_regulariser_in_the_last_steps_on_a_share(monkeypatch, tmp_path):
+    shares, real = [], butterflies_pca.robust_loss
+    monkeypatch.setattr(butterflies_pca, "robust_loss", lambda *a, share: shares.append(share) or real(*a, share=share))
+    run(monkeypatch, "--data", "synthetic:60", "--image-size", 8, "--iters", 10, "--eval-every", 10, "--n-eval", 2,
+        "--device", "cpu", "--sample-steps", 2, "--n-train", 50, "--channels", 32, "--patch", 2, "--out", tmp_path,
+        "--methods", "none", "adv", "--conditions", "noisy", "--reg-last", 0.3, "--reg-share", 0.25)
+    assert shares == [0.25] * 3
+
+
 @pytest.mark.parametrize("args, message", [
     (("--p", 2), "--p 2"), (("--channels", 20), "--channels"), (("--iters", 0), "--iters"),
     (("--data", "folder:/nowhere"), "no such folder"), (("--data", "synthetic:20"), "--components 25")])

@@ -163,7 +163,7 @@ def test_a_small_run_leaves_every_file(tmp_path, monkeypatch):
 
 def test_seeds_repeat_and_differ():
     args = argparse.Namespace(seed=3, n=20, steps=3, points=60, share=0.2, sample_steps=4, lam=0.3, omega=2.0, gamma=8 / 255,
-                              device="cpu")
+                              reg_last=1.0, reg_share=1.0, device="cpu")
 
     def draw(seed):
         torch.rand(1)  # whatever came before
@@ -172,6 +172,24 @@ def test_seeds_repeat_and_differ():
 
     x = draw(3)
     assert torch.allclose(x, draw(3), atol=1e-4) and (x[0] - x[1]).abs().max() > 0.1 and (x - draw(4)).abs().max() > 0.1
+
+
+def test_regulariser_in_the_last_steps_on_a_share(monkeypatch):
+    """Of 10 steps the last 3, on the first quarter of each network's rows."""
+    args = argparse.Namespace(seed=0, steps=10, points=60, share=0.2, lam=0.3, omega=2.0, gamma=8 / 255, reg_last=0.3,
+                              reg_share=0.25, device="cpu")
+    jobs, calls = [("3-gaussians", "outliers", 0)] * 2, []
+
+    def noted(name, function):
+        def call(*args, **options):
+            calls.append((name, options.get("share")))
+            return function(*args, **options)
+        return call
+
+    monkeypatch.setattr(toy3d, "ddpm_loss", noted("ddpm", ddpm_loss))
+    monkeypatch.setattr(toy3d, "robust_loss", noted("robust", robust_loss))
+    toy3d.train("adv", jobs, args, SCHEDULE)
+    assert calls == [("ddpm", None)] * 7 + [("robust", 0.25)] * 3
 
 
 def test_a_small_sweep(tmp_path, monkeypatch):
