@@ -85,7 +85,7 @@ def training_rows(settings, size, args):
 
 def shown_of(numbers):
     """The few of a sample's numbers that figures and steps.md show: the noise never stands alone. table.csv has all."""
-    return [k for k in numbers if k in ("noise_level", "IS", "recall") or k.startswith(("FID", "Fréchet"))]
+    return [k for k in numbers if k in ("noise_level", "from_clean", "IS", "recall") or k.startswith(("FID", "Fréchet"))]
 
 
 def side_by_side(results, out, args):
@@ -94,7 +94,11 @@ def side_by_side(results, out, args):
     settings = [tuple(t.get(k) for k in ("data", "p", "sigma", "seed", "corrupt")) for t in trained]
     training = training_rows(settings, samples[0].shape[-1], args)
     rows = [(name, x, metrics.image_statistics(x)) for name, x in training]
-    rows += [(folder.name, x, numbers) for folder, (x, numbers, _) in results.items()]
+    rows += [(folder.name, x, dict(numbers)) for folder, (x, numbers, _) in results.items()]
+    if training:
+        clean = training[0][1]
+        for _, x, numbers in rows[1:]:
+            numbers["from_clean"] = metrics.nearest_distance(x[:500], clean)
     columns = list(dict.fromkeys(k for _, _, d in rows for k in d))
     lines = [",".join(["name", *columns])]
     lines += [",".join([name, *(f"{d[k]:.4f}" if k in d else "" for k in columns)]) for name, _, d in rows]

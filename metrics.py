@@ -157,6 +157,15 @@ def _mask_response(x):
     return F.conv2d(x.flatten(0, 1)[:, None], mask[None, None]).view(len(x), -1)
 
 
+def nearest_distance(x, reference):
+    """Root mean square per pixel between an image and its nearest in `reference`, averaged over x (n, C, S, S) -> float.
+
+    Of clean images, it says how far samples are from any: noise and grey mush are far, whatever their noise level.
+    """
+    gaps = torch.cdist(x.flatten(1), reference.flatten(1)).amin(1)
+    return (gaps / x[0].numel() ** 0.5).mean().item()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # networks
 

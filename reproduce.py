@@ -1,5 +1,6 @@
 """The tables and figures of P1, re-run as a list of commands over the other scripts.
 
+    python reproduce.py first                     # 3 minutes on 2 CPU cores: DDPM and Robust_adv on noisy butterflies
     python reproduce.py toy --data folder:cifar10/train --test folder:cifar10/test     # CPU, 16x16, mini network, about 2 hours
     python reproduce.py short --data cifar10 --minutes 9                               # one large GPU, in pieces; not run yet
     python reproduce.py full --data cifar10 --inception-weights PATH                   # the published length
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 
 import metrics
+from runtime import fast_bf16
 
 SIZES = {  # n images behind each number, made in `ddpm` or `ddim` steps
     "toy": dict(
@@ -35,6 +37,9 @@ SIZES = {  # n images behind each number, made in `ddpm` or `ddim` steps
         image="", train="", n=10_000, ddpm=1000, ddim=100, classifier="--model wrn-28-10", attack="--n 10000", bench="",
         steps="--steps 1000 500 300 100 50 --n 10000"),
 }
+FIRST = "--model mini --data synthetic --image-size 16 --p 0.9 --sigma 0.2 --iters 800 --sample-every 0"
+FIRST_ADV = "--reg-last 0.2"
+FIRST_SAMPLES = "--n 64 --sampler ddpm --steps 100 --no-png"
 NOISY, MILD, CLEAN = "--p 0.9 --sigma 0.2", "--p 0.9 --sigma 0.1", ""
 ROWS = [  # name, corruption, method, FID / IS of P1's Tables 1 and 2 with DDPM and with DDIM; the most telling first
     ("none-0.9-0.2", NOISY, "--robust none", (102.68, 4.19), (105.43, 4.09)),
@@ -137,6 +142,17 @@ def run(done, argv, deadline, first=True):
     return True
 
 
+def first(args):
+    """The claim in a few minutes: DDPM and Robust_adv on equal images, seeds and steps, then their samples in one picture."""
+    out, device = args.out or "first", ["--device", args.device]
+    todo, names = [], ("DDPM", "Robust_adv")
+    for name, method in zip(names, (["none"], ["adv", *FIRST_ADV.split()])):
+        flags = ["--robust", *method, *FIRST.split(), "--seed", str(args.seed), "--amp", "bf16" if fast_bf16() else "auto"]
+        todo.append((Path(out, name, "metrics.json"), ["train.py", *flags, *device, "--out", f"{out}/{name}"]))
+    samples = ["compare.py", "--ckpt", *(f"{out}/{name}" for name in names), *FIRST_SAMPLES.split(), *device, "--out", out]
+    return [*todo, (Path(out, "side_by_side.png"), samples)]
+
+
 def run_all(todo, args):
     """Runs what is not done, for --minutes if given. -> whether all is done; with --dry-run nothing is run."""
     if args.dry_run:
@@ -205,10 +221,10 @@ def table(args):
     return lines
 
 
-def add_arguments(parser):
+def add_arguments(parser, sizes):
     """The flags that every list of commands shares."""
     add = parser.add_argument
-    add("size", choices=SIZES)
+    add("size", choices=sizes)
     add("--data", default="cifar10", metavar="NAME", help="cifar10 | folder:PATH | synthetic, as in train.py")
     add("--test", metavar="NAME", help="held-out images, for folder:PATH")
     add("--data-root", default="data")
@@ -231,11 +247,16 @@ def check(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add_arguments(parser)
+    add_arguments(parser, ["first", *SIZES])
     add("--memorization-features", help="dinov2 (default of full) | pixels | a checkpoint of classifier.py")
     add("--skip", nargs="+", default=[], choices=[name for name, *_ in ROWS], metavar="ROW", help="rows not to run")
     add("--out", help="default WORK/results")
     args = parser.parse_args()
+    if args.size == "first":
+        args.out = args.out or "first"
+        if run_all(first(args), args):
+            print(f"-> {args.out}/side_by_side.png")
+        return
     check(args)
     args.memorization_features = args.memorization_features or ("dinov2" if args.size == "full" else "pixels")
     args.out = args.out or f"{args.work}/results"  # not results/, which holds the runs of the README

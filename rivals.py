@@ -168,7 +168,7 @@ def plot_samples(images, args, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    add_arguments(parser, SIZES)
     parser.add_argument("--out", help="default WORK/rivals")
     args = parser.parse_args()
     check(args)

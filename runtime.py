@@ -141,3 +141,9 @@ def average(grads, world):
         flat /= world
     parts = flat.split([g.numel() for g in grads])
     torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
+
+
+def fast_bf16():
+    """Whether this CPU computes in bf16 faster than in float32: AVX-512 BF16 or AMX."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "amx_tile"))

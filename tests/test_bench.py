@@ -166,7 +166,7 @@ def test_compiling_changes_no_result():
     losses, draw = [], batches(2)
     for backend in (None, "aot_eager"):
         step = bench.training(small_net(), CPU, backend=backend)
-        losses.append(torch.stack([step(("none", "adv")[k % 2], *draw(k))["loss"] for k in range(50)]))
+        losses.append(torch.stack([step(("none", "adv")[k % 2], draw(k))["loss"] for k in range(50)]))
     assert losses[0].std() > 0.05
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
 

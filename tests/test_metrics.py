@@ -358,3 +358,9 @@ def test_brightness_gain_of_the_gaussian_minimiser(t):
     gain = metrics.brightness_gain(model, schedule, x0, torch.randn_like(x0), t).item()
     assert gain == pytest.approx(metrics.gaussian_gain(schedule, t, 2.05), rel=1e-9)
     assert metrics.brightness_gain(lambda x, s: 0.3 * x, schedule, x0, x0, t).item() == pytest.approx(0.3)
+
+
+def test_nearest_distance():
+    x = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+    reference = torch.tensor([0.25, 3.0, 1.5]).view(3, 1, 1, 1).expand(3, 3, 4, 4)
+    assert metrics.nearest_distance(x, reference) == pytest.approx((0.25 + 0.5) / 2)
