@@ -270,7 +270,7 @@ class Kernel:
     def run(self, *args, stream):
         self.function[(-(-args[-1] // 64),)](*args, XBLOCK=64)
 
-empty_strided_cuda = torch.empty_strided
+empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype)
 arg0_1 = index = torch.tensor({index})
 {kernels}
 {lines}
@@ -304,7 +304,7 @@ def test_integer_kernels_equal_eager(inductor, planted, tmp_path):
     if planted:
         assert done.returncode != 0 and "not those of eager" in done.stderr
     else:
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stderr[-2000:]
 
 
 def network_code(mode):
