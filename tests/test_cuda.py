@@ -171,7 +171,9 @@ def test_devices_of_search_and_features(gpu):
     unit = [torch.ones(n, 16, device=CPU) for n in (5, 7)]
     similarity, index = memorization.nearest(*unit, chunk_q=2, chunk_k=3, device=CUDA)
     assert similarity.device == index.device == CPU
-    features, logits = metrics.extract(Features(classifier()), np.zeros((5, S, S, 3), np.uint8), 2, CUDA)
+    network = Features(classifier())
+    network.to = lambda device: network  # it is there, and Module.to cannot move fake parameters
+    features, logits = metrics.extract(network, np.zeros((5, S, S, 3), np.uint8), 2, CUDA)
     assert features.shape == (5, 64) and logits.shape == (5, 10)
 
 
