@@ -85,8 +85,9 @@ def test_tables_hold_the_numbers_of_the_records(compared):
             r = record(compared / f"{name}-{steps}-{spacing}")
             assert (r["steps"], r["spacing"], r["n"], r["reference"]) == (steps, spacing, 6, "synthetic:64")
             assert cell == " / ".join(f"{r[k]:.4g}" for k in ("noise_level", "FID", "IS", "recall"))
-            row = ",".join(f"{r[k]:.4f}" for k in columns)
-            assert table.pop(f"{name}-{steps}-{spacing}") == row
+            row = dict(zip(columns, table.pop(f"{name}-{steps}-{spacing}").split(",")))
+            assert float(row.pop("from_clean")) > 0
+            assert row == {k: f"{r[k]:.4f}" for k in row}
     assert len({cell for row in rows for cell in row[2:]}) == 12  # no two samples alike
     clean, noisy = (float(table.pop(k).split(",")[0]) for k in ("clean training images", "as trained on"))
     assert not table and noisy > clean + 0.05
