@@ -294,11 +294,12 @@ def train_step(state, args, step, batches, classifier=None):
     objective = OBJECTIVES["none" if late and not acts else args.robust][0]
     for group in state.optimizer.param_groups:
         group["lr"] = rate * min(1.0, (since + 1) / max(1, warmup))
-    state.optimizer.zero_grad(set_to_none=True)
     lower_precision = state.weights[0] is not state.params[0]
     if lower_precision:  # cast once, for all forwards of the step
         with torch.no_grad():
             torch._foreach_copy_(state.weights, state.params)
+    else:
+        state.optimizer.zero_grad(set_to_none=True)
     logs = []
     for batch in batches:
         state.computing.mask_keys = batch.get("keys")
@@ -307,7 +308,7 @@ def train_step(state, args, step, batches, classifier=None):
                 state.model, state.schedule, args, classifier=classifier, **batch)
         state.scaler.scale(loss / len(batches)).backward()
         if lower_precision:
-            move_gradients(state.weights, state.params)
+            move_gradients(state.weights, state.params, first=not logs)
         logs.append(dict(loss=loss.detach(), **terms))
     if state.world > 1:
         average([p.grad for p in state.params], state.world)
@@ -323,13 +324,19 @@ def train_step(state, args, step, batches, classifier=None):
     return means | dict(grad_norm=grad_norm)
 
 
-def move_gradients(weights, params):
-    """Add the gradients of the weights in lower precision to those of their float32 originals."""
-    grads = [torch.empty_like(p) for p in params]
-    torch._foreach_copy_(grads, [w.grad for w in weights])
-    for weight, p, grad in zip(weights, params, grads):
+def move_gradients(weights, params, first):
+    """The gradients of the weights in lower precision become, or are added to, those of params."""
+    for p in params:
+        if p.grad is None:  # once: later steps write into the same memory
+            p.grad = torch.empty_like(p)
+    grads = [p.grad for p in params]
+    lower = [weight.grad for weight in weights]
+    if first:
+        torch._foreach_copy_(grads, lower)
+    else:
+        torch._foreach_add_(grads, lower)
+    for weight in weights:
         weight.grad = None
-        p.grad = grad if p.grad is None else p.grad.add_(grad)
 
 
 # --------------------------------------------------------------------------------------------------
