@@ -21,6 +21,8 @@ import torchvision
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from synthetic import DRAWS, draw_butterflies
+
 NAMES = "cifar10 | cifar100 | celeba | lsun-bedroom | folder:PATH | synthetic | synthetic:N"
 NATIVE_SIZE = {"cifar10": 32, "cifar100": 32, "celeba": 64, "lsun-bedroom": 64, "synthetic": 32}
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
@@ -343,75 +345,15 @@ def _fit(image, side):
 
 
 def synthetic_butterflies(n, size=32, seed=0):
-    """n butterflies on white, bilaterally symmetric, -> images (n, size, size, 3) uint8, labels (n,) species 0..9.
+    """n butterflies of synthetic.py -> images (n, size, size, 3) uint8, labels (n,) species 0..9.
 
-    Image i depends on (seed, i) alone. A species fixes the base hue and the wing pattern; shape, size, tint, spots and
-    bands vary from one image to the next.
+    Image i depends on (seed, i) alone.
     """
     images = np.empty((n, size, size, 3), np.uint8)
     labels = np.arange(n) * 7919 % 10
     for first in range(0, n, 512):
         index = torch.arange(first, min(first + 512, n))
-        bits = philox(1_000 + seed, index, 0, 8).flatten(1)  # (B, 32)
-        draws = (bits.double() / 2**32).float().numpy()
-        images[first : first + len(index)] = _draw(draws, labels[first : first + len(index)], size)
+        bits = philox(1_000 + seed, index, 0, DRAWS // 4).flatten(1)
+        draws = (bits.double() / 2**32).float().numpy()  # (B, DRAWS)
+        images[first : first + len(index)] = draw_butterflies(draws, labels[first : first + len(index)], size)
     return images, labels
-
-
-def _draw(draws, species, size):
-    """draws (B, 32) float32 in [0, 1) -> (B, size, size, 3) uint8; drawn at twice the size, then averaged."""
-    column = iter(np.moveaxis(draws, 1, 0)[:, :, None, None])
-
-    def between(low, high):
-        return low + (high - low) * next(column)  # (B, 1, 1)
-
-    axis = 0.76 * ((np.arange(2 * size, dtype=np.float32) + 0.5) / size - 1)
-    v, u = np.meshgrid(-axis, np.abs(axis), indexing="ij")  # v up; u = |x| makes the symmetry
-    v, u, soft = v[None], u[None], 2.5 / size
-
-    def inside(distance):
-        return 1 / (1 + np.exp(np.clip(distance / (0.3 * soft), -40, 40)))
-
-    def ellipse(cx, cy, a, b, angle):  # ~ signed distance; the long axis points outwards at `angle`
-        x, y, cos, sin = u - cx, v - cy, np.cos(angle), np.sin(angle)
-        x, y = x * cos + y * sin, y * cos - x * sin
-        f, slope = np.sqrt((x / a) ** 2 + (y / b) ** 2), np.sqrt((x / a**2) ** 2 + (y / b**2) ** 2)
-        return f * (f - 1) / np.maximum(slope, 1e-6)
-
-    fore_angle, hind_angle = between(0.35, 0.95), between(-1.0, -0.45)
-    fore_a, fore_b, hind_a, hind_b = between(0.36, 0.46), between(0.2, 0.29), between(0.26, 0.36), between(0.18, 0.25)
-    fore = ellipse(fore_a * 0.85 * np.cos(fore_angle), 0.05 + fore_a * 0.85 * np.sin(fore_angle), fore_a, fore_b, fore_angle)
-    hind = ellipse(hind_a * 0.85 * np.cos(hind_angle), hind_a * 0.85 * np.sin(hind_angle) - 0.02, hind_a, hind_b, hind_angle)
-    wing = np.minimum(fore, hind)
-
-    hue = (species[:, None, None].astype(np.float32) / 10 + between(-0.03, 0.03)) % 1
-    base = _hsv(hue, between(0.55, 0.95), between(0.65, 1.0))
-    second = _hsv((hue + between(0.05, 0.2)) % 1, between(0.4, 0.9), between(0.75, 1.0))
-    dark = _hsv(hue, between(0.3, 0.8), between(0.05, 0.3))
-    light = _hsv((hue + 0.5) % 1, between(0.0, 0.5), between(0.85, 1.0))
-
-    radius = np.sqrt(u**2 + v**2)
-    banded = (species[:, None, None] % 2).astype(np.float32)
-    band = 0.5 + 0.5 * np.sin(between(9, 16) * radius + between(0, 6.28))
-    edge, vein = between(0.03, 0.09), 0.5 + 0.5 * np.cos(between(8, 14) * np.arctan2(v, u))
-    colour = base + (second - base) * (hind < fore)[..., None]
-    colour = colour + (dark - colour) * (banded * band**3 * 0.8 + (1 - banded) * vein**8 * 0.5)[..., None]
-    colour = colour + (dark - colour) * inside(-(wing + edge))[..., None]  # the dark margin
-    for cx, cy, spot_of in ((between(0.4, 0.6), between(0.25, 0.5), fore), (between(0.2, 0.4), between(-0.45, -0.2), hind)):
-        spot = inside(np.maximum(np.hypot(u - cx, v - cy) - between(0.05, 0.11), spot_of + edge))
-        colour = colour + (light - colour) * spot[..., None]
-
-    image = np.ones_like(colour)
-    image = image + (colour - image) * inside(wing)[..., None]
-    body = np.minimum(ellipse(0 * hue, -0.02 + 0 * hue, 0.06 + 0 * hue, 0.3 + between(0, 0.08), 0 * hue),
-                      np.maximum(np.abs(u - (v - 0.25) * between(0.4, 0.8)) - 0.02, np.abs(v - 0.42) - 0.2))
-    image = image + (dark * 0.7 - image) * inside(body)[..., None]
-    image = image.reshape(len(draws), size, 2, size, 2, 3).mean((2, 4))
-    image = (image + image[:, :, ::-1]) / 2  # exact symmetry, whatever the order of the sums above
-    return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
-
-
-def _hsv(h, s, v):
-    """h, s, v (B, 1, 1) in [0, 1] -> RGB (B, 1, 1, 3)."""
-    k = (np.float32([5, 3, 1]) + 6 * h[..., None]) % 6
-    return v[..., None] * (1 - s[..., None] * np.clip(np.minimum(k, 4 - k), 0, 1))
