@@ -392,7 +392,7 @@ def kernels(args, device, draw):
 
             def make(method=method, batch=batch):
                 step = training(net, CPU, amp, "inductor")
-                return lambda: step(method, *batch)
+                return lambda: step(method, batch)
 
             row(f"{method}, B = {B}", *pretended.record(make, CPU))
         eval_net = pretended.fake_parameters(UNet(**PRESETS[args.model]), CUDA).eval().requires_grad_(False)
