@@ -18,15 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from losses import NoiseSchedule
-
 PRESETS = {
     # DDPM on CIFAR-10, attention at 16x16: 35.7 M parameters.
     "ddpm": dict(channels=(128, 256, 256, 256), attention=(False, True, False, False), blocks=2, dropout=0.1),
     # DDIM's CelebA network for 64x64, attention at 16x16: 78.7 M parameters.
     "ddpm64": dict(channels=(128, 256, 256, 256, 512), attention=(False, False, True, False, False), blocks=2, dropout=0.1),
-    # 2.6 M parameters on 2x2 patches, v inside (ours): the cheapest here per step, 0.4 of tiny.
-    "mini": dict(channels=(96, 96), attention=(False, True), blocks=1, dropout=0.0, patch=2, velocity=True),
+    # 2.6 M parameters on 2x2 patches (ours): the cheapest here per step, 0.4 of tiny.
+    "mini": dict(channels=(96, 96), attention=(False, True), blocks=1, dropout=0.0, patch=2),
     # 2.8 M parameters, trains on a CPU at 16x16 (minutes) or 32x32. No dropout: its runs are too short to overfit.
     "tiny": dict(channels=(64, 96, 96), attention=(False, True, False), blocks=1, dropout=0.0),
 }
@@ -131,21 +129,17 @@ class UNet(nn.Module):
 
     channels: width of each resolution, halving from one to the next, so H and W must divide by `factor`,
     patch 2^(len(channels) - 1); attention: per resolution; blocks: residual blocks per resolution; patch: the network sees
-    patch x patch pixels as channels (ours, for CPUs: wants channels[0] well above 2 in_channels patch^2). velocity: the last
-    layer gives v (Salimans & Ho, 2022) on the schedule NoiseSchedule(), so that x^_0 = sqrt(abar) x_t - sqrt(1 - abar) v is no
-    difference of large numbers where t is large; what comes out is eps as ever (ours, for short trainings).
+    patch x patch pixels as channels (ours, for CPUs: wants channels[0] well above 2 in_channels patch^2).
     mask_keys: (B,) int64 or None. The forwards of Robust_adv compare outputs: with a dropout mask each, the attack and the
     regulariser would hold the masks' noise, so that train.py gives the rows of a batch one mask for a whole step (ours).
     `config` rebuilds the network: UNet(**net.config).
     """
 
     def __init__(self, channels=(128, 256, 256, 256), attention=(False, True, False, False), blocks=2, dropout=0.1,
-                 groups=32, in_channels=3, patch=1, velocity=False):
+                 groups=32, in_channels=3, patch=1):
         super().__init__()
         self.config = dict(channels=list(channels), attention=list(attention), blocks=blocks, dropout=dropout,
-                           groups=groups, in_channels=in_channels, patch=patch, velocity=velocity)
-        if velocity:
-            self.register_buffer("alphas_bar", NoiseSchedule().alphas_bar.float(), persistent=False)
+                           groups=groups, in_channels=in_channels, patch=patch)
         self.patch, self.factor = patch, patch * 2 ** (len(channels) - 1)
         c0, c_emb, last = channels[0], 4 * channels[0], len(channels) - 1
         self.time = nn.Sequential(nn.Linear(c0, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
@@ -238,11 +232,7 @@ class UNet(nn.Module):
             if level.resample is not None:
                 h = level.resample(F.interpolate(h, scale_factor=2.0, mode="nearest"))
         h = self.conv_out(F.silu(self.norm_out(h)))
-        h = (F.pixel_shuffle(h, self.patch) if self.patch > 1 else h).to(x.dtype)
-        if not self.config["velocity"]:
-            return h
-        abar = self.alphas_bar[t].to(x.dtype).view(-1, 1, 1, 1)
-        return (1 - abar).sqrt() * x + abar.sqrt() * h  # eps of v = sqrt(abar) eps - sqrt(1 - abar) x_0
+        return (F.pixel_shuffle(h, self.patch) if self.patch > 1 else h).to(x.dtype)
 
     @classmethod
     def load(cls, checkpoint, ema=True):
