@@ -388,7 +388,7 @@ def kernels(args, device, draw):
         sizes = {p.numel() for p in net.parameters()}
         for method in args.methods:
             x0, eps, u = (torch.empty(B, S, S, 3).permute(0, 3, 1, 2) for _ in range(3))
-            batch = x0, torch.zeros(B, dtype=torch.int64), eps, torch.ones(B), u
+            batch = dict(x0=x0, t=torch.zeros(B, dtype=torch.int64), eps=eps, beta=torch.ones(B), u=u)
 
             def make(method=method, batch=batch):
                 step = training(net, CPU, amp, "inductor")

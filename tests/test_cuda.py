@@ -158,11 +158,12 @@ def test_devices_of_the_attack(gpu):
 
 @pytest.mark.parametrize("sampler", purify.SAMPLERS)
 def test_devices_of_a_purifier_under_attack(gpu, sampler, monkeypatch):
+    monkeypatch.setattr(purify, "noise_on", lambda kind: data.image_noise)  # compiled on a GPU: see test_kernels_of_the_noise
     monkeypatch.setattr(purify, "heun_sample", sample.heun_sample)
     monkeypatch.setattr(sample, "heun_timesteps", lambda *args: HEUN)
     net = purify.PurifiedClassifier(network(), NoiseSchedule().to(CUDA), classifier(), sampler, t_star=2, nfe=2, rounds=1)
     x, y = images(1)[0], torch.zeros(B, dtype=torch.int64, device=CUDA)
-    args = SimpleNamespace(seed=0, pgd=1, eot=1, evaluations=1)
+    args = SimpleNamespace(seed=0, pgd=1, eot=1, eot_batch=1, evaluations=1)
     row = purify.evaluate(net, x, y, torch.arange(B), args, "white", "l2")
     assert row["robust"].device == CUDA
 
