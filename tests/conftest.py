@@ -1,0 +1,5 @@
+"""One thread for each process: bitwise equality holds for equal thread counts, and pytest -n 2 runs two side by side."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the scripts that tests start
