@@ -25,13 +25,13 @@ import torch
 import metrics
 from compare import pictures, some_of
 from data import FOREIGN, CorruptedImages, load_images, to_float
-from reproduce import CLEAN, NOISY, SIZES, add_arguments, cell, check, run_all, shared
+from reproduce import CLEAN, NOISY, PAPER, SIZES, add_arguments, cell, check, run_all, shared
 from sample import features_network, setup
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-METHODS = {"none": "--robust none", "ran": "--robust ran", "adv": "--robust adv", "huber": "--robust huber",
+METHODS = {"none": "--robust none", "ran": "--robust ran" + PAPER, "adv": "--robust adv" + PAPER, "huber": "--robust huber",
            "ambient": "--robust ambient", "drop": "--drop-noisy"}
 FAULTS = [  # p, --corrupt, sigma, further seeds
     (0.9, "gauss", 0.2, 1), (0.3, "gauss", 0.2, 0), (0.3, "outliers", 0, 1), (0.3, "class", 0, 0),

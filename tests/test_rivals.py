@@ -24,7 +24,7 @@ def test_commands_are_those_of_the_table(tmp_path):
     assert len(trained) == 2 + len(rivals.METHODS) * sum(1 + more for *_, more in rivals.FAULTS) + 2
     assert "--drop-noisy --p 0.9 --sigma 0.2 --model" in trained["drop-0.9-0.2-seed1"]
     assert "--seed 4 " in trained["drop-0.9-0.2-seed1"] and "--seed 3 " in trained["drop-0.9-0.2"]
-    assert "--robust adv --p 0.3 --corrupt outliers --model" in trained["adv-0.3-outliers"]
+    assert "--robust adv --reg-last 1 --reg-share 1 --p 0.3 --corrupt outliers --model" in trained["adv-0.3-outliers"]
     assert "--robust huber --p 0.9 --sigma 0.05 --corrupt salt-pepper --model" in trained["huber-0.9-salt-pepper-0.05"]
     assert "--robust none --model" in trained["none-0"] and "--sigma-scale 0.8 --p 0.9" in trained["ambient-x0.8-0.9-0.2"]
     sample = {done.parent.parent.name: " ".join(argv) for done, argv in todo if argv[0] == "sample.py"}
