@@ -59,7 +59,8 @@ def test_table_verdicts(tmp_path):
                noise_level=0.1, device="cpu")
     lines = reproduce.table(arguments(tmp_path))
     verdict = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in lines[2:13]}
-    assert verdict == {"none-0.9-0.2": "-", "adv-0.9-0.2": "yes", "late-0.9-0.2": "not run", "adv-eps-0.9-0.2": "-", "ran-0.9-0.2": "not run",
+    assert verdict == {"none-0.9-0.2": "-", "adv-0.9-0.2": "yes", "late-0.9-0.2": "not run",
+                       "adv-eps-0.9-0.2": "-", "ran-0.9-0.2": "not run",
                        "inv-adv-0.9-0.2": "no", "none-0": "-", "adv-0": "yes", "none-0.9-0.1": "not run",
                        "adv-0.9-0.1": "not run", "ran-0.9-0.1": "not run"}
     assert "102.7 / 4.19" in lines[2] and "90 / 2" in lines[2] and "0.100" in lines[2]
