@@ -1,6 +1,6 @@
 """The tables and figures of P1, re-run as a list of commands over the other scripts.
 
-    python reproduce.py first                     # 3 minutes on 2 CPU cores: DDPM and Robust_adv on noisy butterflies
+    python reproduce.py first                     # 4 minutes on 2 CPU cores: DDPM and Robust_adv on noisy butterflies
     python reproduce.py toy --data folder:cifar10/train --test folder:cifar10/test     # CPU, 16x16, mini network, about 2 hours
     python reproduce.py short --data cifar10 --minutes 9                               # one large GPU, in pieces; not run yet
     python reproduce.py full --data cifar10 --inception-weights PATH                   # the published length
