@@ -67,7 +67,9 @@ def draws(data, B, device, seed=0):
 
 def settings(method, amp="auto"):
     """train.py's own for --robust `method` and --model ddpm, without the warm-up; the regulariser on every row, as in P1."""
-    return train.parse_args(["--robust", method, "--amp", amp, "--warmup", "0", "--reg-last", "1", "--reg-share", "1"])
+    return train.parse_args(
+        ["--robust", method, "--amp", amp, "--warmup", "0", "--reg-last", "1", "--reg-share", "1"]
+    )
 
 
 def training(net, device, amp="auto", backend=None, world=1):
@@ -99,7 +101,13 @@ def interleaved(calls, args, device, world=1):
         if world > 1:  # all processes must make the same number of calls
             dist.all_reduce(once, op=dist.ReduceOp.MAX)
         counts[name] = max(1, round(args.seconds_per / max(once.item(), 1e-9)))
-    for _ in tqdm(range(args.repeats), desc=", ".join(calls), unit="round", leave=False, disable=bool(args.worker)):
+    for _ in tqdm(
+        range(args.repeats),
+        desc=", ".join(calls),
+        unit="round",
+        leave=False,
+        disable=bool(args.worker),
+    ):
         for name, call in calls.items():
             call()  # warm-up
             synchronize(device)
@@ -127,7 +135,9 @@ def flops_of(net, method, batch):
     """FLOPs of the passes of one step, 2 per multiply-add of a matrix product or convolution, backward included."""
     with FlopCounterMode(display=False) as counter:
         objective = OBJECTIVES[method][0]
-        objective(net, NoiseSchedule().to(batch["x0"].device), settings(method), **batch)[0].backward()
+        objective(net, NoiseSchedule().to(batch["x0"].device), settings(method), **batch)[
+            0
+        ].backward()
     net.zero_grad(set_to_none=True)
     return counter.get_total_flops()
 
@@ -163,7 +173,10 @@ def methods(args, device, draw):
     net, batch = new_net(args, device), draw(0)
     step = training(net, device, args.amp, args.backend)
     calls = {m: lambda m=m: step(m, batch) for m in args.methods}
-    flops, peak = {m: flops_of(net, m, {k: v[:1] for k, v in batch.items()}) for m in calls}, {}  # per image
+    flops, peak = (
+        {m: flops_of(net, m, {k: v[:1] for k, v in batch.items()}) for m in calls},
+        {},
+    )  # per image
     for m, call in calls.items():
         call()
         if device.type == "cuda":
@@ -174,26 +187,41 @@ def methods(args, device, draw):
     limit = ceiling(device, precision(device, args.amp))
     seconds = interleaved(calls, args, device)
     B = args.batch_size
-    return rows_of("methods", seconds, dict.fromkeys(calls, B), args.methods[0],
-                   cost={m: np.median(s / seconds[args.methods[0]]) for m, s in seconds.items()},
-                   GFLOP_img={m: f / 1e9 for m, f in flops.items()},
-                   utilisation={m: B * flops[m] / np.median(s) / limit for m, s in seconds.items()}, peak_GB=peak)
+    return rows_of(
+        "methods",
+        seconds,
+        dict.fromkeys(calls, B),
+        args.methods[0],
+        cost={m: np.median(s / seconds[args.methods[0]]) for m, s in seconds.items()},
+        GFLOP_img={m: f / 1e9 for m, f in flops.items()},
+        utilisation={m: B * flops[m] / np.median(s) / limit for m, s in seconds.items()},
+        peak_GB=peak,
+    )
 
 
 def modes(args, device, draw):
     """torch.compile, channels_last and bf16, singly and together, for the step of `none`."""
     batch, calls = draw(0), {}
-    table = {"eager": (False, "fp32", None), "channels_last": (True, "fp32", None), "bf16": (False, "bf16", None),
-             "channels_last, bf16": (True, "bf16", None)}
+    table = {
+        "eager": (False, "fp32", None),
+        "channels_last": (True, "fp32", None),
+        "bf16": (False, "bf16", None),
+        "channels_last, bf16": (True, "bf16", None),
+    }
     if args.backend:
-        table |= {"compile": (False, "fp32", args.backend), "all three": (True, "bf16", args.backend)}
+        table |= {
+            "compile": (False, "fp32", args.backend),
+            "all three": (True, "bf16", args.backend),
+        }
     for name, (channels_last, amp, backend) in table.items():
         form = torch.channels_last if channels_last else torch.contiguous_format
         x0, t, eps, beta, u = batch
         mine = [x0.contiguous(memory_format=form), t, eps.contiguous(memory_format=form), beta, u]
         step = training(new_net(args, device).to(memory_format=form), device, amp, backend)
         calls[name] = lambda step=step, mine=mine: step("none", mine)
-    return rows_of("modes", interleaved(calls, args, device), dict.fromkeys(calls, args.batch_size), "eager")
+    return rows_of(
+        "modes", interleaved(calls, args, device), dict.fromkeys(calls, args.batch_size), "eager"
+    )
 
 
 class Reference(torch.nn.Module):
@@ -204,10 +232,18 @@ class Reference(torch.nn.Module):
         from diffusers import UNet2DModel
 
         self.net = UNet2DModel(
-            sample_size=size, layers_per_block=blocks, block_out_channels=channels, dropout=dropout,
+            sample_size=size,
+            layers_per_block=blocks,
+            block_out_channels=channels,
+            dropout=dropout,
             down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in attention],
             up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)],
-            attention_head_dim=None, downsample_padding=0, norm_eps=1e-6, flip_sin_to_cos=False, freq_shift=1)
+            attention_head_dim=None,
+            downsample_padding=0,
+            norm_eps=1e-6,
+            flip_sin_to_cos=False,
+            freq_shift=1,
+        )
 
     def forward(self, x, t):
         return self.net(x, t).sample
@@ -219,13 +255,25 @@ def against(args, device, draw):
     for amp in ("fp32", "bf16") if args.amp == "auto" else (args.amp,):
         for backend in (None, args.backend) if args.backend else (None,):
             calls = {}
-            for name, form in (("ours", layout(device, amp)), ("diffusers", torch.contiguous_format),
-                               ("diffusers, channels_last", torch.channels_last)):
+            for name, form in (
+                ("ours", layout(device, amp)),
+                ("diffusers", torch.contiguous_format),
+                ("diffusers, channels_last", torch.channels_last),
+            ):
                 torch.manual_seed(0)
-                net = new_net(args, device) if name == "ours" else Reference(args.image_size, **PRESETS[args.model])
+                net = (
+                    new_net(args, device)
+                    if name == "ours"
+                    else Reference(args.image_size, **PRESETS[args.model])
+                )
                 step = training(net.to(device, memory_format=form), device, amp, backend)
-                batch = {k: v.contiguous(memory_format=form) if v.shape == x0.shape else v for k, v in draw(0).items()}
-                calls[f"{amp}{', compile' if backend else ''}: {name}"] = lambda step=step, batch=batch: step("none", batch)
+                batch = {
+                    k: v.contiguous(memory_format=form) if v.shape == x0.shape else v
+                    for k, v in draw(0).items()
+                }
+                calls[f"{amp}{', compile' if backend else ''}: {name}"] = (
+                    lambda step=step, batch=batch: step("none", batch)
+                )
             seconds = interleaved(calls, args, device)
             better = min(list(calls)[1:], key=lambda name: np.median(seconds[name]))
             rows += rows_of("against", seconds, dict.fromkeys(calls, args.batch_size), better)
@@ -239,7 +287,10 @@ def sampling(args, device, draw):
     mode = "reduce-overhead" if device.type == "cuda" else None  # as sample.py
     model = torch.compile(net, mode=mode) if args.backend else net
     shape, B = draw(0)["x0"].shape[1:], args.batch_size
-    timed, whole = {"ddpm": 4, "ddim": 4, "heun": 2}, {"ddpm": 1000, "ddim": 100, "heun": 18}  # steps
+    timed, whole = (
+        {"ddpm": 4, "ddim": 4, "heun": 2},
+        {"ddpm": 1000, "ddim": 100, "heun": 18},
+    )  # steps
 
     def call(sampler):
         with autocast(device, args.amp):
@@ -251,12 +302,24 @@ def sampling(args, device, draw):
     n, N = network_calls(timed), network_calls(whole)
     seconds = interleaved({s: lambda s=s: call(s) for s in timed}, args, device)
     seconds = {s: v / n[s] * N[s] for s, v in seconds.items()}
-    return rows_of("sampling (computed)", seconds, dict.fromkeys(timed, B), "ddpm", network_calls=N, timed_calls=n)
+    return rows_of(
+        "sampling (computed)",
+        seconds,
+        dict.fromkeys(timed, B),
+        "ddpm",
+        network_calls=N,
+        timed_calls=n,
+    )
 
 
 def loader(args, device, draw):
     """Share of the step that goes into reading and corrupting the batch, drawing the random numbers, and logging."""
-    step, batch, pending, done = training(new_net(args, device), device, args.amp, args.backend), draw(0), [], 0
+    step, batch, pending, done = (
+        training(new_net(args, device), device, args.amp, args.backend),
+        draw(0),
+        [],
+        0,
+    )
 
     def real():
         nonlocal done
@@ -268,10 +331,14 @@ def loader(args, device, draw):
                 f.write(json.dumps(values) + "\n")
             pending.clear()
 
-    seconds = interleaved({"fixed batch": lambda: step("none", batch), "batch, draws, log": real}, args, device)
+    seconds = interleaved(
+        {"fixed batch": lambda: step("none", batch), "batch, draws, log": real}, args, device
+    )
     (Path(args.out) / "loader.jsonl").unlink(missing_ok=True)
     share = {name: np.median(1 - seconds["fixed batch"] / s) for name, s in seconds.items()}
-    return rows_of("loader", seconds, dict.fromkeys(seconds, args.batch_size), "fixed batch", share=share)
+    return rows_of(
+        "loader", seconds, dict.fromkeys(seconds, args.batch_size), "fixed batch", share=share
+    )
 
 
 def scaling(args, device, draw):
@@ -298,19 +365,39 @@ def torchrun(args, device, n, nodes):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={n // nodes}",
-               "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1", "--",
-               __file__, "--worker", result, "--compile" if args.backend else "--no-compile", "--device", device.type]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nnodes={nodes}",
+        f"--nproc-per-node={n // nodes}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{port}",
+        "--local-addr=127.0.0.1",
+        "--",
+        __file__,
+        "--worker",
+        result,
+        "--compile" if args.backend else "--no-compile",
+        "--device",
+        device.type,
+    ]
     for key in ("model", "image_size", "batch_size", "amp", "repeats", "seconds_per"):
         command += [f"--{key.replace('_', '-')}", getattr(args, key)]
     try:
         for node in range(nodes):
             env = os.environ | dict(OMP_NUM_THREADS=str(args.threads or 1))
             if device.type == "cuda":  # each agent has its own GPUs
-                gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-                env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.split(",")[node * n // nodes : (node + 1) * n // nodes])
+                gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
+                    map(str, range(torch.cuda.device_count()))
+                )
+                env["CUDA_VISIBLE_DEVICES"] = ",".join(
+                    gpus.split(",")[node * n // nodes : (node + 1) * n // nodes]
+                )
             with log.open("a") as f:
-                agents.append(subprocess.Popen(list(map(str, command)), env=env, stdout=f, stderr=f))
+                agents.append(
+                    subprocess.Popen(list(map(str, command)), env=env, stdout=f, stderr=f)
+                )
         failed = any(agent.wait() for agent in agents)
     finally:
         for agent in agents:
@@ -348,10 +435,17 @@ def profile(args, device, draw):
                     step(method, draw(k))
             events = record.key_averages()
             by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-            f.write(f"{method}, {n} steps of {args.batch_size}\n{events.table(sort_by=by, row_limit=30)}\n")
-            syncs = {key: sum(e.count for e in events if e.key == key) / n
-                     for key in ("cudaStreamSynchronize", "aten::item", "aten::_local_scalar_dense")}
-            print(f"{method}: host syncs per step: " + ", ".join(f"{k} {v:g}" for k, v in syncs.items()))
+            f.write(
+                f"{method}, {n} steps of {args.batch_size}\n{events.table(sort_by=by, row_limit=30)}\n"
+            )
+            syncs = {
+                key: sum(e.count for e in events if e.key == key) / n
+                for key in ("cudaStreamSynchronize", "aten::item", "aten::_local_scalar_dense")
+            }
+            print(
+                f"{method}: host syncs per step: "
+                + ", ".join(f"{k} {v:g}" for k, v in syncs.items())
+            )
     return []
 
 
@@ -373,14 +467,28 @@ def kernels(args, device, draw):
             if key not in codes:
                 codes[key] = pretended.code_of(*call)
             for code in codes[key]:
-                triton += [k for k in pretended.triton_kernels(code.text) for _ in range(k.launches)]
+                triton += [
+                    k for k in pretended.triton_kernels(code.text) for _ in range(k.launches)
+                ]
                 library += pretended.externs(code)
         work = [(0, k.gb) for k in triton] + [(0, gb) for _, gb in eager] + library
-        rows.append(dict(
-            section="kernels", name=name, triton=len(triton), small=sum(k.gb < 2e-3 for k in triton),
-            copies=sum(k.copies and k.size in sizes for k in triton), library=len(library), eager=len(eager),
-            GB=sum(gb for flop, gb in work if not flop), GFLOP=sum(flop for flop, _ in work),
-            ms=sum(max(flop / args.peak, gb / args.bandwidth, 1e-3 * args.shortest) for flop, gb in work)))
+        rows.append(
+            dict(
+                section="kernels",
+                name=name,
+                triton=len(triton),
+                small=sum(k.gb < 2e-3 for k in triton),
+                copies=sum(k.copies and k.size in sizes for k in triton),
+                library=len(library),
+                eager=len(eager),
+                GB=sum(gb for flop, gb in work if not flop),
+                GFLOP=sum(flop for flop, _ in work),
+                ms=sum(
+                    max(flop / args.peak, gb / args.bandwidth, 1e-3 * args.shortest)
+                    for flop, gb in work
+                ),
+            )
+        )
 
     with pretended.pretended_gpu() as mode, mode:
         B, S = args.batch_size, args.image_size
@@ -388,14 +496,20 @@ def kernels(args, device, draw):
         sizes = {p.numel() for p in net.parameters()}
         for method in args.methods:
             x0, eps, u = (torch.empty(B, S, S, 3).permute(0, 3, 1, 2) for _ in range(3))
-            batch = dict(x0=x0, t=torch.zeros(B, dtype=torch.int64), eps=eps, beta=torch.ones(B), u=u)
+            batch = dict(
+                x0=x0, t=torch.zeros(B, dtype=torch.int64), eps=eps, beta=torch.ones(B), u=u
+            )
 
             def make(method=method, batch=batch):
                 step = training(net, CPU, amp, "inductor")
                 return lambda: step(method, batch)
 
             row(f"{method}, B = {B}", *pretended.record(make, CPU))
-        eval_net = pretended.fake_parameters(UNet(**PRESETS[args.model]), CUDA).eval().requires_grad_(False)
+        eval_net = (
+            pretended.fake_parameters(UNet(**PRESETS[args.model]), CUDA)
+            .eval()
+            .requires_grad_(False)
+        )
         eval_net.cast(precision(CUDA, amp))  # as sample.py
 
         def sample(steps):
@@ -405,15 +519,24 @@ def kernels(args, device, draw):
             def call():
                 with autocast(CUDA, amp):
                     generate(model, schedule, index, (3, S, S), 0, CUDA, "ddpm", steps=steps)
+
             return call
 
         one, two = (pretended.record(lambda n=n: sample(n), CUDA) for n in (1, 2))
-        row("sampling step, B = 16", *(b[len(a):] for a, b in zip(one, two)))
+        row("sampling step, B = 16", *(b[len(a) :] for a, b in zip(one, two)))
     return rows
 
 
-SECTIONS = dict(methods=methods, modes=modes, against=against, sampling=sampling, loader=loader, scaling=scaling,
-                profile=profile, kernels=kernels)
+SECTIONS = dict(
+    methods=methods,
+    modes=modes,
+    against=against,
+    sampling=sampling,
+    loader=loader,
+    scaling=scaling,
+    profile=profile,
+    kernels=kernels,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -425,32 +548,83 @@ def dataset(args, device):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--what", nargs="+", choices=SECTIONS, help="default: methods modes sampling loader")
     add("--against", choices=["diffusers"], help="the same as --what against")
-    add("--methods", nargs="+", choices=METHODS, default=["none", "ran", "adv", "inv-adv"], help="ratios are to the first")
+    add(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=["none", "ran", "adv", "inv-adv"],
+        help="ratios are to the first",
+    )
     add("--model", choices=PRESETS, default="ddpm")
     add("--image-size", type=int, metavar="S", help="default: 32, ddpm64 64")
     add("--batch-size", type=int, help="default: train.py's; of each process in scaling")
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
-    add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="modes has its own; against: both if auto")
+    add(
+        "--amp",
+        choices=["auto", "bf16", "fp16", "fp32"],
+        default="auto",
+        help="modes has its own; against: both if auto",
+    )
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
-    add("--threads", type=int, metavar="N", help="CPU threads; default torch's, in scaling 1 per process")
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads; default torch's, in scaling 1 per process",
+    )
     add("--repeats", type=int, default=5, help="rounds")
-    add("--seconds-per", type=float, default=2.0, metavar="SEC", help="length of one measurement, at least one step")
-    add("--bandwidth", type=float, default=4.8, metavar="TB/s", help="kernels: of the memory; default: an H200's")
-    add("--peak", type=float, default=989.0, metavar="TFLOP/s", help="kernels: in bf16; default: an H200's")
-    add("--shortest", type=float, default=2.0, metavar="US", help="kernels: microseconds that any kernel takes")
+    add(
+        "--seconds-per",
+        type=float,
+        default=2.0,
+        metavar="SEC",
+        help="length of one measurement, at least one step",
+    )
+    add(
+        "--bandwidth",
+        type=float,
+        default=4.8,
+        metavar="TB/s",
+        help="kernels: of the memory; default: an H200's",
+    )
+    add(
+        "--peak",
+        type=float,
+        default=989.0,
+        metavar="TFLOP/s",
+        help="kernels: in bf16; default: an H200's",
+    )
+    add(
+        "--shortest",
+        type=float,
+        default=2.0,
+        metavar="US",
+        help="kernels: microseconds that any kernel takes",
+    )
     add("--processes", type=int, help="scaling: up to so many; default: the GPUs, or the CPU cores")
-    add("--nodes", type=int, default=1, choices=[1, 2], help="scaling: 2 simulates two machines on this one")
+    add(
+        "--nodes",
+        type=int,
+        default=1,
+        choices=[1, 2],
+        help="scaling: 2 simulates two machines on this one",
+    )
     add("--out", default="out_bench")
     add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.what = args.what or ([] if args.against else ["methods", "modes", "sampling", "loader"])
     args.what = list(dict.fromkeys(args.what + ["against"] * bool(args.against)))
-    for key, value in dict(image_size=64 if args.model == "ddpm64" else 32, batch_size=RECIPES[args.model]["batch_size"],
-                           processes=torch.cuda.device_count() or os.cpu_count()).items():
+    for key, value in dict(
+        image_size=64 if args.model == "ddpm64" else 32,
+        batch_size=RECIPES[args.model]["batch_size"],
+        processes=torch.cuda.device_count() or os.cpu_count(),
+    ).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     for key in ("batch_size", "threads", "repeats", "processes"):
@@ -461,18 +635,26 @@ def parse_args():
     with torch.device("meta"):
         factor = UNet(**PRESETS[args.model]).factor
     if args.image_size < 4 or args.image_size % factor:
-        raise ValueError(f"--image-size {args.image_size}: --model {args.model} needs a multiple of {factor}, at least 4")
+        raise ValueError(
+            f"--image-size {args.image_size}: --model {args.model} needs a multiple of {factor}, at least 4"
+        )
     if len(set(args.methods)) < len(args.methods):
         raise ValueError(f"--methods {' '.join(args.methods)}: names one twice")
     if args.nodes > args.processes:
-        raise ValueError(f"--nodes {args.nodes}: needs at least as many --processes, not {args.processes}")
+        raise ValueError(
+            f"--nodes {args.nodes}: needs at least as many --processes, not {args.processes}"
+        )
     on_gpu = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
     if on_gpu and "scaling" in args.what and args.processes > torch.cuda.device_count():
-        raise ValueError(f"--processes {args.processes}: there are {torch.cuda.device_count()} GPUs here")
+        raise ValueError(
+            f"--processes {args.processes}: there are {torch.cuda.device_count()} GPUs here"
+        )
     args.backend = "inductor" if args.compile or args.compile is None and on_gpu else None
     if "against" in args.what:
         if "patch" in PRESETS[args.model]:
-            raise ValueError(f"--against diffusers: has no counterpart of --model {args.model}; choose another")
+            raise ValueError(
+                f"--against diffusers: has no counterpart of --model {args.model}; choose another"
+            )
         try:
             import diffusers  # noqa: F401
         except ImportError:
@@ -492,7 +674,9 @@ def main():
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     if device.type == "cpu" and args.model.startswith("ddpm"):
-        print("note: a step of this network takes seconds on a CPU; --model tiny --image-size 16 is quick")
+        print(
+            "note: a step of this network takes seconds on a CPU; --model tiny --image-size 16 is quick"
+        )
     draw, rows = draws(dataset(args, device), args.batch_size, device), []
     for name in args.what:
         rows += SECTIONS[name](args, device, draw)
@@ -501,17 +685,31 @@ def main():
     timed = [row for row in rows if "img_s" in row]
     if timed:
         plot(timed, out / "bench.png", args)
-    metrics.write_metrics(out, started, seed=0, device=device, n=args.repeats, hardware=hardware(), rows=rows,
-                          diffusers=getattr(sys.modules.get("diffusers"), "__version__", None),
-                          args={k: v for k, v in vars(args).items() if k not in ("worker", "out")})
+    metrics.write_metrics(
+        out,
+        started,
+        seed=0,
+        device=device,
+        n=args.repeats,
+        hardware=hardware(),
+        rows=rows,
+        diffusers=getattr(sys.modules.get("diffusers"), "__version__", None),
+        args={k: v for k, v in vars(args).items() if k not in ("worker", "out")},
+    )
     print((out / "table.md").read_text() + f"-> {out}/table.csv, {out}/bench.png")
 
 
 def hardware():
     cpu = platform.processor()
     with contextlib.suppress(OSError, StopIteration):  # /proc is Linux's
-        cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), cuda=torch.version.cuda)
+        cpu = next(
+            line.split(":")[1].strip()
+            for line in open("/proc/cpuinfo")
+            if line.startswith("model name")
+        )
+    return dict(
+        cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), cuda=torch.version.cuda
+    )
 
 
 def write_tables(rows, out):
@@ -520,15 +718,23 @@ def write_tables(rows, out):
     with (out / "table.csv").open("w", newline="") as f:
         writer = csv.DictWriter(f, columns)
         writer.writeheader()
-        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        writer.writerows(
+            {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
+        )
     text = []
     for section in dict.fromkeys(row["section"] for row in rows):
         mine = [row for row in rows if row["section"] == section]
         keys = [k for k in mine[0] if not k.endswith(("_q25", "_q75", "section"))]
         text += ["| " + " | ".join([section, *keys[1:]]) + " |", "|---" * len(keys) + "|"]
         for row in mine:
-            cells = [f"{row[k]:.3g} ({row[k + '_q25']:.3g} to {row[k + '_q75']:.3g})" if k + "_q25" in row
-                     else f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in keys]
+            cells = [
+                f"{row[k]:.3g} ({row[k + '_q25']:.3g} to {row[k + '_q75']:.3g})"
+                if k + "_q25" in row
+                else f"{row[k]:.4g}"
+                if isinstance(row[k], float)
+                else str(row[k])
+                for k in keys
+            ]
             text.append("| " + " | ".join(cells) + " |")
         text.append("")
     (out / "table.md").write_text("\n".join(text) + "\n" * bool(text))
@@ -536,22 +742,44 @@ def write_tables(rows, out):
 
 def plot(rows, path, args):
     """Images per second and the ratio to the section's reference; bars are medians, whiskers quartiles."""
-    sections = {s: [r for r in rows if r["section"] == s] for s in dict.fromkeys(r["section"] for r in rows)}
+    sections = {
+        s: [r for r in rows if r["section"] == s] for s in dict.fromkeys(r["section"] for r in rows)
+    }
     heights = [len(mine) + 1.2 for mine in sections.values()]
-    fig, axes = plt.subplots(len(sections), 2, figsize=(9, 0.8 + 0.36 * sum(heights)), layout="constrained", squeeze=False,
-                             height_ratios=heights)
+    fig, axes = plt.subplots(
+        len(sections),
+        2,
+        figsize=(9, 0.8 + 0.36 * sum(heights)),
+        layout="constrained",
+        squeeze=False,
+        height_ratios=heights,
+    )
     for pair, (section, mine) in zip(axes, sections.items()):
         names = [r["name"] for r in mine][::-1]
-        for ax, key, colour, label in zip(pair, ("img_s", "speed"), ("#0072B2", "#D55E00"), ("images / s", "relative speed")):
-            low, mid, high = np.array([[r[f"{key}_q25"], r[key], r[f"{key}_q75"]] for r in mine[::-1]]).T
-            ax.barh(names, mid, xerr=[mid - low, high - mid], color=colour, height=0.7, error_kw=dict(ecolor="black", lw=1))
+        for ax, key, colour, label in zip(
+            pair, ("img_s", "speed"), ("#0072B2", "#D55E00"), ("images / s", "relative speed")
+        ):
+            low, mid, high = np.array(
+                [[r[f"{key}_q25"], r[key], r[f"{key}_q75"]] for r in mine[::-1]]
+            ).T
+            ax.barh(
+                names,
+                mid,
+                xerr=[mid - low, high - mid],
+                color=colour,
+                height=0.7,
+                error_kw=dict(ecolor="black", lw=1),
+            )
             ax.set_title(f"{section}: {label}", fontsize=9, loc="left")
             ax.tick_params(labelsize=8)
             ax.grid(axis="x", alpha=0.3)
         pair[1].axvline(1, color="black", lw=0.8, ls="--")
         pair[1].set_yticklabels([])
-    fig.suptitle(f"{args.model}, {args.image_size}×{args.image_size}, batch {args.batch_size}: medians and quartiles of "
-                 f"{args.repeats} rounds", fontsize=10)
+    fig.suptitle(
+        f"{args.model}, {args.image_size}×{args.image_size}, batch {args.batch_size}: medians and quartiles of "
+        f"{args.repeats} rounds",
+        fontsize=10,
+    )
     fig.savefig(path, dpi=110)
     plt.close(fig)
 

@@ -28,9 +28,16 @@ PRESETS = {"wrn-28-10": dict(depth=28, width=10), "small": dict(depth=10, width=
 class Block(nn.Module):
     def __init__(self, c_in, c_out, stride):
         super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn1, self.conv1 = (
+            nn.BatchNorm2d(c_in),
+            nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False),
+        )
         self.bn2, self.conv2 = nn.BatchNorm2d(c_out), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        self.skip = nn.Identity() if c_in == c_out and stride == 1 else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+        self.skip = (
+            nn.Identity()
+            if c_in == c_out and stride == 1
+            else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+        )
 
     def forward(self, x):
         h = F.relu(self.bn1(x))
@@ -46,14 +53,20 @@ class WideResNet(nn.Module):
         if (depth - 4) % 6:
             raise ValueError(f"WideResNet depth {depth}: must be 6 n + 4")
         self.config = dict(depth=depth, width=width, classes=classes)
-        self.register_buffer("mean", torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1))  # of CIFAR-10
+        self.register_buffer(
+            "mean", torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
+        )  # of CIFAR-10
         self.register_buffer("std", torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1))
         layers, c = [nn.Conv2d(3, 16, 3, 1, 1, bias=False)], 16
         for c_out, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
             for i in range((depth - 4) // 6):
                 layers.append(Block(c, c_out, stride if i == 0 else 1))
                 c = c_out
-        self.body, self.bn, self.head = nn.Sequential(*layers), nn.BatchNorm2d(c), nn.Linear(c, classes)
+        self.body, self.bn, self.head = (
+            nn.Sequential(*layers),
+            nn.BatchNorm2d(c),
+            nn.Linear(c, classes),
+        )
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -86,7 +99,9 @@ def load_classifier(path, device="cpu", compiled=False):
     net = WideResNet(**ckpt["config"])
     net.load_state_dict(ckpt["model"])
     on_gpu = torch.device(device).type == "cuda"
-    net = net.eval().to(device, memory_format=torch.channels_last if on_gpu else torch.preserve_format)
+    net = net.eval().to(
+        device, memory_format=torch.channels_last if on_gpu else torch.preserve_format
+    )
     return torch.compile(net, dynamic=False) if compiled or (compiled is None and on_gpu) else net
 
 
@@ -115,13 +130,20 @@ def accuracy(net, data, batch_size, cast):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--data", default="synthetic", metavar="NAME", help=NAMES)
     add("--test", metavar="NAME", help="default: the test split of --data; needed for folder:PATH")
     add("--data-root", default="data")
     add("--image-size", type=int, metavar="S")
-    add("--model", choices=PRESETS, default="wrn-28-10", help="wrn-28-10: 36.5 M parameters; small: 0.3 M, for a CPU")
+    add(
+        "--model",
+        choices=PRESETS,
+        default="wrn-28-10",
+        help="wrn-28-10: 36.5 M parameters; small: 0.3 M, for a CPU",
+    )
     add("--epochs", type=float, default=100)
     add("--batch-size", type=int, default=128)
     add("--lr", type=float, default=0.1, help="peak of the one-cycle schedule")
@@ -133,28 +155,44 @@ def main():
     args = parser.parse_args()
     started = time.time()
     if args.epochs <= 0 or args.batch_size < 2 or args.lr <= 0:
-        raise ValueError(f"--epochs {args.epochs} --batch-size {args.batch_size} --lr {args.lr}: need > 0, >= 2 and > 0")
+        raise ValueError(
+            f"--epochs {args.epochs} --batch-size {args.batch_size} --lr {args.lr}: need > 0, >= 2 and > 0"
+        )
     if args.data.startswith("folder:") and not args.test:
         raise ValueError("--data folder:PATH: give --test folder:PATH as well")
     device, _, _ = setup(args.device)
     cast = autocast(device, args.amp)
     scaler = torch.amp.GradScaler(device.type, enabled=precision(device, args.amp) == torch.float16)
     train_set, test_set = (
-        CorruptedImages(*load_images(name, args.image_size, split, args.data_root, labels_needed=True), device=device)
-        for name, split in ((args.data, "train"), (args.test or args.data, "test")))
+        CorruptedImages(
+            *load_images(name, args.image_size, split, args.data_root, labels_needed=True),
+            device=device,
+        )
+        for name, split in ((args.data, "train"), (args.test or args.data, "test"))
+    )
     if train_set.shape != test_set.shape or args.batch_size > len(train_set):
-        raise ValueError(f"--test: images of {test_set.shape}, --data of {train_set.shape}; --batch-size {args.batch_size} of "
-                         f"{len(train_set)} images")
+        raise ValueError(
+            f"--test: images of {test_set.shape}, --data of {train_set.shape}; --batch-size {args.batch_size} of "
+            f"{len(train_set)} images"
+        )
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(args.seed)
     net = WideResNet(**PRESETS[args.model], classes=int(train_set.labels.max()) + 1)
     net = net.to(device, memory_format=torch.channels_last)
-    model = torch.compile(net) if args.compile or (args.compile is None and device.type == "cuda") else net
+    model = (
+        torch.compile(net)
+        if args.compile or (args.compile is None and device.type == "cuda")
+        else net
+    )
     steps = max(1, int(args.epochs * len(train_set) / args.batch_size))
-    optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps + 1, pct_start=0.2)
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, total_steps=steps + 1, pct_start=0.2
+    )
     order, generator = Order(len(train_set), args.seed, device), torch.Generator(device)
     for step in tqdm(range(steps), desc=f"train {args.model}", unit="step"):
         generator.manual_seed(seed_at(args.seed, step, stream=6))
@@ -169,10 +207,27 @@ def main():
         scaler.update()
         schedule.step()
     score = accuracy(net.eval(), test_set, args.batch_size, cast)
-    save_checkpoint(out / "classifier.pt", dict(kind="classifier", config=net.config, model=net.state_dict(),
-                                                image_size=train_set.shape[1], accuracy=score))
-    metrics.write_metrics(out, started, seed=args.seed, device=device, n=len(test_set), test_accuracy=score, steps=steps,
-                          model=args.model, data=args.data)
+    save_checkpoint(
+        out / "classifier.pt",
+        dict(
+            kind="classifier",
+            config=net.config,
+            model=net.state_dict(),
+            image_size=train_set.shape[1],
+            accuracy=score,
+        ),
+    )
+    metrics.write_metrics(
+        out,
+        started,
+        seed=args.seed,
+        device=device,
+        n=len(test_set),
+        test_accuracy=score,
+        steps=steps,
+        model=args.model,
+        data=args.data,
+    )
     print(f"test accuracy {score:.2%} of {len(test_set)} images -> {out}/classifier.pt")
 
 

@@ -32,27 +32,59 @@ import matplotlib.pyplot as plt  # noqa: E402
 def run_name(args, path, steps, spacing):
     """The folder of one sample: that of the checkpoint, with what else differs between the samples."""
     name = [folder_name(path)]
-    return "-".join(name + [str(steps)] * (len(args.steps) > 1) + [spacing] * (len(args.spacing) > 1))
+    return "-".join(
+        name + [str(steps)] * (len(args.steps) > 1) + [spacing] * (len(args.spacing) > 1)
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--ckpt", required=True, nargs="+", help="checkpoints of train.py or their folders, or those of diffusers")
-    add("--n", type=int, default=10_000, help="number of images of each sample; FID below 10,000 is biased upwards")
-    add("--steps", type=int, nargs="+", default=[None], help="default: ddpm 1000, ddim 100, heun 18 (noise levels)")
-    add("--spacing", nargs="+", default=["respaced"], help="ddpm: rules for fewer steps, respaced | naive | truncated")
+    add(
+        "--ckpt",
+        required=True,
+        nargs="+",
+        help="checkpoints of train.py or their folders, or those of diffusers",
+    )
+    add(
+        "--n",
+        type=int,
+        default=10_000,
+        help="number of images of each sample; FID below 10,000 is biased upwards",
+    )
+    add(
+        "--steps",
+        type=int,
+        nargs="+",
+        default=[None],
+        help="default: ddpm 1000, ddim 100, heun 18 (noise levels)",
+    )
+    add(
+        "--spacing",
+        nargs="+",
+        default=["respaced"],
+        help="ddpm: rules for fewer steps, respaced | naive | truncated",
+    )
     add("--out", default="samples", help="a folder for each sample, the table and the figures")
     add("--fid", action="store_true", help="FID and IS against the clean images of --data")
     add("--png", action=argparse.BooleanOptionalAction, default=True, help="write the PNG folders")
     add_arguments(parser)
     args = parser.parse_args()
     out = Path(args.out)
-    runs = [(path, steps, spacing) for path in args.ckpt for steps in args.steps for spacing in args.spacing]
+    runs = [
+        (path, steps, spacing)
+        for path in args.ckpt
+        for steps in args.steps
+        for spacing in args.spacing
+    ]
     names = [run_name(args, *run) for run in runs]
     if len(set(names)) < len(names):
-        raise ValueError(f"--ckpt, --steps, --spacing: two samples would share the folder {out}/{max(names, key=names.count)}; "
-                         "rename a checkpoint's folder, and give no value twice")
+        raise ValueError(
+            f"--ckpt, --steps, --spacing: two samples would share the folder {out}/{max(names, key=names.count)}; "
+            "rename a checkpoint's folder, and give no value twice"
+        )
     results = sample_and_score({out / name: run for name, run in zip(names, runs)}, args)
     if results:  # under torchrun the first process has them
         side_by_side(results, out, args)
@@ -62,7 +94,11 @@ def main():
 
 def pictures(x, nrow):
     """x (n, 3, S, S) in [-1, 1], cut to it -> one picture (H, W, 3) for imshow, nrow in a row."""
-    return make_grid((x.clamp(-1, 1) + 1) / 2, nrow=nrow, padding=1, pad_value=1).permute(1, 2, 0).numpy()
+    return (
+        make_grid((x.clamp(-1, 1) + 1) / 2, nrow=nrow, padding=1, pad_value=1)
+        .permute(1, 2, 0)
+        .numpy()
+    )
 
 
 def some_of(n, count):
@@ -73,9 +109,13 @@ def some_of(n, count):
 def training_rows(settings, size, args):
     """[(name, images (n, 3, size, size) in [-1, 1])] of the training images: clean, and as all the checkpoints saw them."""
     (name, p, sigma, seed, corrupt), rows = settings[0], []
-    with contextlib.suppress(ValueError):  # the set may not be on this machine; the samples' rows stand without it
+    with contextlib.suppress(
+        ValueError
+    ):  # the set may not be on this machine; the samples' rows stand without it
         clean, _ = load_images(args.data or name or "", size, root=args.data_root)
-        data = CorruptedImages(clean, None, p or 0, sigma or 0, seed or 0, corrupt=corrupt or "gauss")
+        data = CorruptedImages(
+            clean, None, p or 0, sigma or 0, seed or 0, corrupt=corrupt or "gauss"
+        )
         index = some_of(len(data), max(2000, args.n))
         rows = [("clean training images", data.clean(index))]
         if p and len(set(settings)) == 1:
@@ -85,7 +125,11 @@ def training_rows(settings, size, args):
 
 def shown_of(numbers):
     """The few of a sample's numbers that figures and steps.md show: the noise never stands alone. table.csv has all."""
-    return [k for k in numbers if k in ("noise_level", "from_clean", "IS", "recall") or k.startswith(("FID", "Fréchet"))]
+    return [
+        k
+        for k in numbers
+        if k in ("noise_level", "from_clean", "IS", "recall") or k.startswith(("FID", "Fréchet"))
+    ]
 
 
 def side_by_side(results, out, args):
@@ -101,12 +145,16 @@ def side_by_side(results, out, args):
             numbers["from_clean"] = metrics.nearest_distance(x[:500], clean)
     columns = list(dict.fromkeys(k for _, _, d in rows for k in d))
     lines = [",".join(["name", *columns])]
-    lines += [",".join([name, *(f"{d[k]:.4f}" if k in d else "" for k in columns)]) for name, _, d in rows]
+    lines += [
+        ",".join([name, *(f"{d[k]:.4f}" if k in d else "" for k in columns)]) for name, _, d in rows
+    ]
     (out / "table.csv").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     shown = min(32, args.n)
     height = 0.25 + 0.55 * (1 + (shown > 16))
-    fig, axes = plt.subplots(len(rows), 1, figsize=(9, height * len(rows)), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(
+        len(rows), 1, figsize=(9, height * len(rows)), layout="constrained", squeeze=False
+    )
     for ax, (name, x, d) in zip(axes[:, 0], rows):
         ax.imshow(pictures(x[:shown], nrow=16), interpolation="nearest")
         title = ", ".join(f"{k.replace('_', ' ')} {d[k]:.3f}" for k in shown_of(d))
@@ -124,22 +172,44 @@ def fewer_steps(numbers, out, args):
     keys = shown_of(next(iter(numbers.values())))
     titles = {"noise_level": "noise level ([-1, 1] scale)", "IS": "Inception Score"}
     steps = sorted(args.steps, reverse=True)
-    lines = [f"{args.sampler}, n = {args.n}: {' / '.join(keys)}", "",
-             f"| checkpoint | spacing | {' | '.join(map(str, steps))} |", "|---" * (2 + len(steps)) + "|"]
+    lines = [
+        f"{args.sampler}, n = {args.n}: {' / '.join(keys)}",
+        "",
+        f"| checkpoint | spacing | {' | '.join(map(str, steps))} |",
+        "|---" * (2 + len(steps)) + "|",
+    ]
     fig, axes = plt.subplots(1, len(keys), figsize=(9, 3.4), layout="constrained", squeeze=False)
     for i, path in enumerate(args.ckpt):
         for spacing, line in zip(args.spacing, ("o-", "s--", "^:")):
             name, row = folder_name(path), [numbers[path, s, spacing] for s in steps]
-            lines.append(f"| {name} | {spacing} | {' | '.join(' / '.join(f'{d[k]:.4g}' for k in keys) for d in row)} |")
+            lines.append(
+                f"| {name} | {spacing} | {' | '.join(' / '.join(f'{d[k]:.4g}' for k in keys) for d in row)} |"
+            )
             for ax, key in zip(axes[0], keys):
-                ax.plot(steps, [d[key] for d in row], line, color=metrics.COLOURS[i % 7], ms=4, label=f"{name}, {spacing}")
-                ax.set(xscale="log", xlabel="sampling steps", title=titles.get(key, key.replace(" in ", "\nin ")))
+                ax.plot(
+                    steps,
+                    [d[key] for d in row],
+                    line,
+                    color=metrics.COLOURS[i % 7],
+                    ms=4,
+                    label=f"{name}, {spacing}",
+                )
+                ax.set(
+                    xscale="log",
+                    xlabel="sampling steps",
+                    title=titles.get(key, key.replace(" in ", "\nin ")),
+                )
     for ax in axes[0]:
         ax.set_xticks(steps, map(str, steps))
         ax.minorticks_off()
         ax.grid(alpha=0.3)
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(args.ckpt), fontsize=8,
-               frameon=False)
+    fig.legend(
+        *axes[0][0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(args.ckpt),
+        fontsize=8,
+        frameon=False,
+    )
     fig.savefig(out / "steps.png", dpi=130)
     plt.close(fig)
     (out / "steps.md").write_text("\n".join(lines) + "\n")

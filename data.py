@@ -38,11 +38,21 @@ def philox(seed, index, stream, blocks):
     """
     mask = 0xFFFFFFFF
     index = index.view(-1, 1)
-    zero = index & 0  # added to the counter: Inductor would compute a bare arange, and its product, in int32
-    c = [torch.arange(blocks, device=index.device) + zero, zero + (stream & mask), index & mask, (index >> 32) & mask]
+    zero = (
+        index & 0
+    )  # added to the counter: Inductor would compute a bare arange, and its product, in int32
+    c = [
+        torch.arange(blocks, device=index.device) + zero,
+        zero + (stream & mask),
+        index & mask,
+        (index >> 32) & mask,
+    ]
     k0, k1 = seed & mask, (seed >> 32) & mask
     for _ in range(10):
-        p0, p1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57  # 64-bit products; int64 wraps, which leaves the bits right
+        p0, p1 = (
+            c[0] * 0xD2511F53,
+            c[2] * 0xCD9E8D57,
+        )  # 64-bit products; int64 wraps, which leaves the bits right
         c = [(p1 >> 32 & mask) ^ c[1] ^ k0, p1 & mask, (p0 >> 32 & mask) ^ c[3] ^ k1, p0 & mask]
         k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
     return torch.stack(torch.broadcast_tensors(*c), dim=-1)
@@ -98,7 +108,17 @@ class CorruptedImages:
     Streams from the array if it is larger than `budget` bytes.
     """
 
-    def __init__(self, images, labels=None, p=0.0, sigma=0.0, seed=0, device="cpu", corrupt="gauss", budget=None):
+    def __init__(
+        self,
+        images,
+        labels=None,
+        p=0.0,
+        sigma=0.0,
+        seed=0,
+        device="cpu",
+        corrupt="gauss",
+        budget=None,
+    ):
         if not 0 <= p <= 1:
             raise ValueError(f"--p {p}: the share of corrupted images must lie in [0, 1]")
         if not sigma >= 0:
@@ -108,20 +128,37 @@ class CorruptedImages:
         if corrupt in ("salt-pepper", "patch") and sigma > 1:
             raise ValueError(f"--sigma {sigma}: for --corrupt {corrupt} it is a share, at most 1")
         if corrupt == "patch" and p > 0 and round(sigma * images.shape[1]) < 1:
-            raise ValueError(f"--sigma {sigma}: a patch of less than one of {images.shape[1]} pixels")
-        self.device, self.seed, self.sigma, self.corrupt = torch.device(device), seed, sigma, corrupt
+            raise ValueError(
+                f"--sigma {sigma}: a patch of less than one of {images.shape[1]} pixels"
+            )
+        self.device, self.seed, self.sigma, self.corrupt = (
+            torch.device(device),
+            seed,
+            sigma,
+            corrupt,
+        )
         n = len(images)
-        chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed_at(seed, 0, stream=0)))[: round(p * n)]
-        self.corrupted = torch.zeros(n, dtype=torch.bool)  # which images; one byte each is all that is held
+        chosen = torch.randperm(
+            n, generator=torch.Generator().manual_seed(seed_at(seed, 0, stream=0))
+        )[: round(p * n)]
+        self.corrupted = torch.zeros(
+            n, dtype=torch.bool
+        )  # which images; one byte each is all that is held
         self.corrupted[chosen] = True
         self.corrupted = self.corrupted.to(self.device)
         self.labels = None if labels is None else torch.as_tensor(labels, device=self.device)
         if budget is None:
-            budget = torch.cuda.mem_get_info(self.device)[0] // 4 if self.device.type == "cuda" else 4 << 30
+            budget = (
+                torch.cuda.mem_get_info(self.device)[0] // 4
+                if self.device.type == "cuda"
+                else 4 << 30
+            )
         self.streams = images.nbytes > budget
         self.images = images if self.streams else torch.from_numpy(np.array(images)).to(self.device)
         if corrupt == "class" and len(chosen):
-            self.foreign = torch.from_numpy(synthetic_butterflies(min(FOREIGN, n), images.shape[1], seed=2)[0]).to(self.device)
+            self.foreign = torch.from_numpy(
+                synthetic_butterflies(min(FOREIGN, n), images.shape[1], seed=2)[0]
+            ).to(self.device)
         self._noise = image_noise
         if self.device.type == "cuda":  # one fused kernel instead of a hundred
             self._noise = torch.compile(image_noise, dynamic=False, fullgraph=True)
@@ -168,8 +205,14 @@ class CorruptedImages:
         if kind == "class":
             return to_float(self.foreign[index % len(self.foreign)])
         if kind == "blur":
-            radius = min(math.ceil(3 * self.sigma), s - 1)  # as far as the image can be mirrored at its edges
-            return torchvision.transforms.functional.gaussian_blur(x0, 2 * radius + 1, self.sigma) if radius else x0
+            radius = min(
+                math.ceil(3 * self.sigma), s - 1
+            )  # as far as the image can be mirrored at its edges
+            return (
+                torchvision.transforms.functional.gaussian_blur(x0, 2 * radius + 1, self.sigma)
+                if radius
+                else x0
+            )
         shape = {"outliers": (3, s, s), "salt-pepper": (1, s, s), "patch": (5, 1, 1)}[kind]
         u = image_uniform(self.seed, index, CORRUPTION_STREAM, shape)
         if kind == "outliers":
@@ -177,7 +220,9 @@ class CorruptedImages:
         if kind == "salt-pepper":
             return torch.where(u <= self.sigma, 2.0 * (u > self.sigma / 2) - 1, x0)
         side, pixel = round(self.sigma * s), torch.arange(s, device=x0.device)
-        top, left = ((s - side + 1) * u[:, 3:]).ceil().long().sub(1).split(1, dim=1)  # each place alike, (B, 1, 1, 1)
+        top, left = (
+            ((s - side + 1) * u[:, 3:]).ceil().long().sub(1).split(1, dim=1)
+        )  # each place alike, (B, 1, 1, 1)
         rows, columns = ((pixel >= v) & (pixel < v + side) for v in (top, left))  # (B, 1, 1, S)
         return torch.where(rows.mT & columns, 2 * u[:, :3] - 1, x0)
 
@@ -222,9 +267,11 @@ def load_images(name, image_size=None, split="train", root="data", labels_needed
         n = int(name.partition(":")[2] or 5_000)
         if n < 1:
             raise ValueError(f"--data {name}: needs at least one image")
-        return synthetic_butterflies(n, image_size or NATIVE_SIZE["synthetic"], seed=0 if split == "train" else 1)
+        return synthetic_butterflies(
+            n, image_size or NATIVE_SIZE["synthetic"], seed=0 if split == "train" else 1
+        )
     if name.startswith("folder:"):
-        source, key = _folder(name[len("folder:"):])
+        source, key = _folder(name[len("folder:") :])
     elif name in NATIVE_SIZE:
         source, key = _torchvision(name, split, root), f"{name}-{split}"
         image_size = image_size or NATIVE_SIZE[name]
@@ -261,8 +308,16 @@ def _folder(path):
             try:
                 with Image.open(files[i]) as image:
                     return image.convert("RGB"), number[files[i].parent]
-            except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as e:
-                raise ValueError(f"{files[i]}: not a readable image ({str(e).splitlines()[0]})") from None
+            except (
+                UnidentifiedImageError,
+                Image.DecompressionBombError,
+                OSError,
+                SyntaxError,
+                ValueError,
+            ) as e:
+                raise ValueError(
+                    f"{files[i]}: not a readable image ({str(e).splitlines()[0]})"
+                ) from None
 
         def name(self, i):
             return files[i]
@@ -283,8 +338,10 @@ def _torchvision(name, split, root):
             base = sets.LSUN(root, classes=[f"bedroom_{'train' if split == 'train' else 'val'}"])
     except Exception as e:  # network, quota, missing lmdb, broken archives: all end in one line
         reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise ValueError(f"--data {name}: could not be loaded or downloaded into {root}/ ({reason}); "
-                         "place it there, or use --data folder:PATH or --data synthetic") from None
+        raise ValueError(
+            f"--data {name}: could not be loaded or downloaded into {root}/ ({reason}); "
+            "place it there, or use --data folder:PATH or --data synthetic"
+        ) from None
 
     class Unlabelled:
         def __len__(self):
@@ -304,8 +361,12 @@ def _cached(source, key, size, cache):
         side = size or source[0][0].width
         tmp = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            images = np.lib.format.open_memmap(tmp, mode="w+", dtype=np.uint8, shape=(len(source), side, side, 3))
-            with open(tmp, "r+b") as f:  # a full disk is an error here, and a crash when a page of the map is written
+            images = np.lib.format.open_memmap(
+                tmp, mode="w+", dtype=np.uint8, shape=(len(source), side, side, 3)
+            )
+            with open(
+                tmp, "r+b"
+            ) as f:  # a full disk is an error here, and a crash when a page of the map is written
                 os.posix_fallocate(f.fileno(), 0, os.path.getsize(tmp))
             labels = np.empty(len(source), dtype=np.int64)
 
@@ -314,12 +375,16 @@ def _cached(source, key, size, cache):
                 if image.size != (side, side):
                     if size is None:
                         what = source.name(i) if hasattr(source, "name") else f"image {i}"
-                        raise ValueError(f"{what}: is {image.width}x{image.height}, not {side}x{side}; give --image-size")
+                        raise ValueError(
+                            f"{what}: is {image.width}x{image.height}, not {side}x{side}; give --image-size"
+                        )
                     image = _fit(image, side)
                 images[i] = np.asarray(image)
 
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                for first in tqdm(range(0, len(source), 1024), desc=f"decode {key}", unit="kimg", leave=False):
+                for first in tqdm(
+                    range(0, len(source), 1024), desc=f"decode {key}", unit="kimg", leave=False
+                ):
                     list(pool.map(decode, range(first, min(first + 1024, len(source)))))
             images.flush()
             del images
@@ -335,7 +400,9 @@ def _cached(source, key, size, cache):
 def _fit(image, side):
     """Shorter side to `side` (antialiased bicubic), then centre crop."""
     scale = side / min(image.size)
-    image = image.resize([max(side, round(scale * s)) for s in image.size], Image.Resampling.BICUBIC)
+    image = image.resize(
+        [max(side, round(scale * s)) for s in image.size], Image.Resampling.BICUBIC
+    )
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
 
@@ -355,5 +422,7 @@ def synthetic_butterflies(n, size=32, seed=0):
         index = torch.arange(first, min(first + 512, n))
         bits = philox(1_000 + seed, index, 0, DRAWS // 4).flatten(1)
         draws = (bits.double() / 2**32).float().numpy()  # (B, DRAWS)
-        images[first : first + len(index)] = draw_butterflies(draws, labels[first : first + len(index)], size)
+        images[first : first + len(index)] = draw_butterflies(
+            draws, labels[first : first + len(index)], size
+        )
     return images, labels

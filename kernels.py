@@ -45,9 +45,20 @@ def properties(capability):
     """Those of an H200, under another compute capability if asked."""
     major, minor = capability
     return SimpleNamespace(
-        name="pretended", major=major, minor=minor, multi_processor_count=132, warp_size=32, gcnArchName="",
-        regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024,
-        shared_memory_per_block=232448, shared_memory_per_block_optin=232448, total_memory=1 << 37, L2_cache_size=50 << 20)
+        name="pretended",
+        major=major,
+        minor=minor,
+        multi_processor_count=132,
+        warp_size=32,
+        gcnArchName="",
+        regs_per_multiprocessor=65536,
+        max_threads_per_multi_processor=2048,
+        max_threads_per_block=1024,
+        shared_memory_per_block=232448,
+        shared_memory_per_block_optin=232448,
+        total_memory=1 << 37,
+        L2_cache_size=50 << 20,
+    )
 
 
 @contextlib.contextmanager
@@ -58,37 +69,65 @@ def pretended_gpu(capability=(9, 0)):
         torch.zeros(1, device=CUDA)
     device = properties(capability)
     cuda = dict(
-        get_device_properties=lambda *a, **k: device, get_device_capability=lambda *a, **k: capability,
-        is_available=lambda: True, is_bf16_supported=lambda *a, **k: True, device_count=lambda: 1, current_device=lambda: 0,
-        _exchange_device=lambda i: i, _maybe_exchange_device=lambda i: i, _lazy_init=lambda: None,
-        get_rng_state=lambda *a: torch.zeros(16, dtype=torch.uint8), set_rng_state=lambda *a: None)
+        get_device_properties=lambda *a, **k: device,
+        get_device_capability=lambda *a, **k: capability,
+        is_available=lambda: True,
+        is_bf16_supported=lambda *a, **k: True,
+        device_count=lambda: 1,
+        current_device=lambda: 0,
+        _exchange_device=lambda i: i,
+        _maybe_exchange_device=lambda i: i,
+        _lazy_init=lambda: None,
+        get_rng_state=lambda *a: torch.zeros(16, dtype=torch.uint8),
+        set_rng_state=lambda *a: None,
+    )
     with contextlib.ExitStack() as stack:
         for name, value in cuda.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         for cls in (device_interface.CudaInterface, device_interface.CudaInterface.Worker):
-            stack.enter_context(mock.patch.object(cls, "get_device_properties", staticmethod(lambda *a, **k: device)))
-        replace = [(torch.utils._triton, "triton_hash_with_backend", lambda *a, **k: "pretended"),
-                   (torch.utils._triton, "triton_backend", lambda: None),
-                   (torch._inductor.fx_passes.fuse_attention, "_sfdp_init", lambda *a: None),  # makes real tensors
-                   (torch._C, "_conv_determine_backend_memory_format", cudnn_format),
-                   (torch.nn.functional, "scaled_dot_product_attention", flash_attention)]
+            stack.enter_context(
+                mock.patch.object(
+                    cls, "get_device_properties", staticmethod(lambda *a, **k: device)
+                )
+            )
+        replace = [
+            (torch.utils._triton, "triton_hash_with_backend", lambda *a, **k: "pretended"),
+            (torch.utils._triton, "triton_backend", lambda: None),
+            (
+                torch._inductor.fx_passes.fuse_attention,
+                "_sfdp_init",
+                lambda *a: None,
+            ),  # makes real tensors
+            (torch._C, "_conv_determine_backend_memory_format", cudnn_format),
+            (torch.nn.functional, "scaled_dot_product_attention", flash_attention),
+        ]
         for where, name, value in replace:
             stack.enter_context(mock.patch.object(where, name, value))
         stack.enter_context(torch._functorch.config.patch(force_non_lazy_backward_lowering=True))
-        stack.enter_context(torch._inductor.config.patch(
-            compile_threads=1, fx_graph_cache=False, profile_bandwidth=True,  # notes the bytes of each kernel
-            shape_padding=False, joint_graph_constant_folding=False))  # these two make real tensors
+        stack.enter_context(
+            torch._inductor.config.patch(
+                compile_threads=1,
+                fx_graph_cache=False,
+                profile_bandwidth=True,  # notes the bytes of each kernel
+                shape_padding=False,
+                joint_graph_constant_folding=False,
+            )
+        )  # these two make real tensors
         yield mode
 
 
 def cudnn_format(x, weight, backend):
-    last = any(v.dim() == 4 and v.is_contiguous(memory_format=torch.channels_last) for v in (x, weight))
+    last = any(
+        v.dim() == 4 and v.is_contiguous(memory_format=torch.channels_last) for v in (x, weight)
+    )
     return torch.channels_last if last else torch.contiguous_format
 
 
 def flash_attention(q, k, v):
     if q.dtype == torch.float32:
-        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, q.requires_grad)[0]
+        return torch.ops.aten._scaled_dot_product_efficient_attention(
+            q, k, v, None, q.requires_grad
+        )[0]
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
 
@@ -108,10 +147,14 @@ def differentiable():
             kwargs["device"] = CUDA
         return dispatch(self, func, types, args, kwargs)
 
-    with mock.patch.object(torch.Tensor, "_make_wrapper_subclass", staticmethod(make_wrapper)), \
-            mock.patch.object(FunctionalTensorMode, "__torch_dispatch__", dispatch_on_cuda), \
-            mock.patch.object(FunctionalTensor, "device", property(lambda self: self.elem.device), create=True), \
-            torch.autograd.set_multithreading_enabled(False):
+    with (
+        mock.patch.object(torch.Tensor, "_make_wrapper_subclass", staticmethod(make_wrapper)),
+        mock.patch.object(FunctionalTensorMode, "__torch_dispatch__", dispatch_on_cuda),
+        mock.patch.object(
+            FunctionalTensor, "device", property(lambda self: self.elem.device), create=True
+        ),
+        torch.autograd.set_multithreading_enabled(False),
+    ):
         yield
 
 
@@ -119,7 +162,11 @@ def differentiable():
 def eager_autograd():
     """Within it fake tensors on CUDA are differentiable outside a graph too; in float32, as autocast would not know them."""
     dispatch, to = FakeTensor.__torch_dispatch__, torch.ops.aten._to_copy
-    device_of, mode_dispatch, inside = torch.ops.prim.device.default, FakeTensorMode.__torch_dispatch__, []
+    device_of, mode_dispatch, inside = (
+        torch.ops.prim.device.default,
+        FakeTensorMode.__torch_dispatch__,
+        [],
+    )
     engine = torch.autograd.graph._engine_run_backward
 
     def answer(x):  # what C++ hears; Python reads x.device from the tensor itself
@@ -143,13 +190,17 @@ def eager_autograd():
         finally:
             inside.pop()
 
-    with mock.patch.object(FakeTensor, "__torch_dispatch__", classmethod(class_dispatch)), \
-            mock.patch.object(FakeTensorMode, "__torch_dispatch__", dispatch_on_cuda), \
-            mock.patch.dict(fake_tensor._DISPATCH_META_HANDLERS, {device_of: lambda args: answer(args[0])}), \
-            mock.patch.object(torch.autograd.graph, "_engine_run_backward", run), \
-            mock.patch.object(torch.autograd, "_engine_run_backward", run), \
-            mock.patch.object(torch.Tensor, "cpu", lambda x: to(x, device=CPU)), \
-            torch.autograd.set_multithreading_enabled(False):
+    with (
+        mock.patch.object(FakeTensor, "__torch_dispatch__", classmethod(class_dispatch)),
+        mock.patch.object(FakeTensorMode, "__torch_dispatch__", dispatch_on_cuda),
+        mock.patch.dict(
+            fake_tensor._DISPATCH_META_HANDLERS, {device_of: lambda args: answer(args[0])}
+        ),
+        mock.patch.object(torch.autograd.graph, "_engine_run_backward", run),
+        mock.patch.object(torch.autograd, "_engine_run_backward", run),
+        mock.patch.object(torch.Tensor, "cpu", lambda x: to(x, device=CPU)),
+        torch.autograd.set_multithreading_enabled(False),
+    ):
         yield
 
 
@@ -189,7 +240,9 @@ def inductor_code(function, args, needs_grad=None):
         call._boxed_call = True
         return call
 
-    args = [a.detach().requires_grad_(need) for a, need in zip(args, needs_grad)] + lift_constants(graph)
+    args = [a.detach().requires_grad_(need) for a, need in zip(args, needs_grad)] + lift_constants(
+        graph
+    )
     with torch.set_grad_enabled(any(needs_grad)), differentiable():
         compile_fx(graph, args, inner_compile=generate)
     return codes
@@ -222,16 +275,24 @@ def triton_kernels(text):
     """
     kernels = []
     for name, source in re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", text, re.S):
-        body = source[source.index("@triton.jit"):]
+        body = source[source.index("@triton.jit") :]
         signature = ast.literal_eval(re.search(r"'signature': (\{.*?\})", source)[1])
         made = re.findall(r"^ +tmp\d+ = (.*)$", body, re.M)
         size = 1
         for n in re.findall(r"^ +[xyz]numel = (\d+)$", body, re.M):
             size *= int(n)
-        kernels.append(SimpleNamespace(
-            name=name, source=source, signature=signature, launches=len(re.findall(rf"\b{name}\.run\(", text)), size=size,
-            gb=float(re.search(r"'kernel_num_gb': ([\d.e+-]+)", source)[1]),
-            copies=sum(v[0] == "*" for v in signature.values()) == 2 and all("tl.load(" in m or ".to(" in m for m in made)))
+        kernels.append(
+            SimpleNamespace(
+                name=name,
+                source=source,
+                signature=signature,
+                launches=len(re.findall(rf"\b{name}\.run\(", text)),
+                size=size,
+                gb=float(re.search(r"'kernel_num_gb': ([\d.e+-]+)", source)[1]),
+                copies=sum(v[0] == "*" for v in signature.values()) == 2
+                and all("tl.load(" in m or ".to(" in m for m in made),
+            )
+        )
     return kernels
 
 
@@ -242,7 +303,9 @@ def externs(code):
         formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
         if node.op == "call_function" and formula:
             values = [n.meta["val"] for n in node.all_input_nodes]
-            args, kwargs = tree_map_only(torch.fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
+            args, kwargs = tree_map_only(
+                torch.fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs)
+            )
             flop = formula(*args, **kwargs, out_val=node.meta["val"])
             found.append((flop / 1e9, size_of([values, node.meta["val"]])))
     return found
@@ -250,7 +313,10 @@ def externs(code):
 
 def size_of(tree):
     """GB of the tensors in a tree."""
-    return sum(v.numel() * v.element_size() for v in tree_leaves(tree) if isinstance(v, torch.Tensor)) / 1e9
+    return (
+        sum(v.numel() * v.element_size() for v in tree_leaves(tree) if isinstance(v, torch.Tensor))
+        / 1e9
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,7 +333,14 @@ class Eager(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        allocates = name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach")
+        allocates = name in (
+            "empty",
+            "empty_like",
+            "empty_strided",
+            "new_empty",
+            "new_empty_strided",
+            "detach",
+        )
         if not (self.off or func.is_view or allocates) and func.namespace == "aten":
             self.ops.append((name, size_of([args, kwargs, out])))
         return out
@@ -283,7 +356,10 @@ class Opaque(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return tuple(torch.empty_like(v) if need else None for v, need in zip(ctx.saved_tensors, ctx.needs_input_grad))
+        return tuple(
+            torch.empty_like(v) if need else None
+            for v, need in zip(ctx.saved_tensors, ctx.needs_input_grad)
+        )
 
 
 def record(make, device):
@@ -294,7 +370,11 @@ def record(make, device):
     eager, compiled = Eager(), []
 
     def note(function, args, needs_grad=None):
-        amp = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        amp = (
+            torch.get_autocast_dtype(device.type)
+            if torch.is_autocast_enabled(device.type)
+            else None
+        )
         compiled.append((function, args, needs_grad, amp))
 
     class Network(torch.nn.Module):
@@ -304,7 +384,11 @@ def record(make, device):
 
         def forward(self, x, t):
             tensors = [x, t, *self.net.parameters()]
-            note(self.net, tensors, tuple(torch.is_grad_enabled() and v.requires_grad for v in tensors))
+            note(
+                self.net,
+                tensors,
+                tuple(torch.is_grad_enabled() and v.requires_grad for v in tensors),
+            )
             return Opaque.apply(*tensors)
 
     def compiles(function, **_):
@@ -329,7 +413,11 @@ def record(make, device):
 
 def on_cuda(tree):
     """Its tensors on the pretended GPU, with their strides."""
-    return tree_map_only(torch.Tensor, lambda v: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=CUDA), tree)
+    return tree_map_only(
+        torch.Tensor,
+        lambda v: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=CUDA),
+        tree,
+    )
 
 
 def code_of(function, args, needs_grad, amp):
@@ -349,14 +437,21 @@ def code_of(function, args, needs_grad, amp):
     def traced(*tensors):
         rest = iter(tensors)
         with torch.autocast("cuda", dtype=amp, enabled=amp is not None):
-            return function(*tree_unflatten([next(rest) if isinstance(v, torch.Tensor) else v for v in leaves], spec))
+            return function(
+                *tree_unflatten(
+                    [next(rest) if isinstance(v, torch.Tensor) else v for v in leaves], spec
+                )
+            )
 
     return inductor_code(traced, tensors)
 
 
 def key_of(function, args, needs_grad, amp):
     """Equal for calls that run the same code."""
-    leaves = [(v.shape, v.stride(), v.dtype) if isinstance(v, torch.Tensor) else v for v in tree_leaves(args)]
+    leaves = [
+        (v.shape, v.stride(), v.dtype) if isinstance(v, torch.Tensor) else v
+        for v in tree_leaves(args)
+    ]
     return str((id(function), leaves, needs_grad, amp))
 
 
@@ -366,5 +461,7 @@ def fake_parameters(net, device):
         for name, p in module._parameters.items():
             if p is not None:
                 form = torch.channels_last if p.dim() == 4 else torch.contiguous_format
-                module._parameters[name] = torch.nn.Parameter(torch.empty(p.shape, device=device, memory_format=form))
+                module._parameters[name] = torch.nn.Parameter(
+                    torch.empty(p.shape, device=device, memory_format=form)
+                )
     return net

@@ -25,8 +25,10 @@ class NoiseSchedule:
 
     def __init__(self, T=1000, beta_start=1e-4, beta_end=0.02):
         if T < 1 or not 0 < beta_start <= beta_end < 1:
-            raise ValueError(f"NoiseSchedule: need T >= 1 and 0 < beta_start <= beta_end < 1, got "
-                             f"{T}, {beta_start}, {beta_end}")
+            raise ValueError(
+                f"NoiseSchedule: need T >= 1 and 0 < beta_start <= beta_end < 1, got "
+                f"{T}, {beta_start}, {beta_end}"
+            )
         self.T = T
         self.betas = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
         self.alphas_bar = torch.cumprod(1 - self.betas, dim=0)
@@ -58,7 +60,9 @@ class NoiseSchedule:
 
     def posterior_mean(self, x0, x_t, t):
         """mu~_t(x_t, x_0), the mean of q(x_{t-1} | x_t, x_0) (P1 App. A.1). At t = 0 it is x_0."""
-        return posterior_mean(x0, x_t, self.at(self.alphas_bar, t), self.at(self.alphas_bar_prev, t))
+        return posterior_mean(
+            x0, x_t, self.at(self.alphas_bar, t), self.at(self.alphas_bar_prev, t)
+        )
 
 
 def like(v, x):
@@ -131,7 +135,9 @@ def adversarial_delta(model, schedule, x_t, t, eps, radius, start, objective="eq
 @contextlib.contextmanager
 def _frozen(model):
     """Turn weight gradients off: a compiled graph would compute them even when only delta's gradient is asked for."""
-    params = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
+    params = (
+        [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
+    )
     for p in params:
         p.requires_grad_(False)
     try:
@@ -149,7 +155,9 @@ def scaled_gradient(objective, output, x):
     gradient in x divided by it: exact in float32 and float64, where row i of output must depend on row i of x alone.
     """
     (start,) = torch.autograd.grad(objective, output)
-    exponent = torch.frexp(start.abs().flatten(1).amax(1)).exponent.clamp(-100, 100)  # 2^100 is a float32, 0 has exponent 0
+    exponent = torch.frexp(start.abs().flatten(1).amax(1)).exponent.clamp(
+        -100, 100
+    )  # 2^100 is a float32, 0 has exponent 0
     scale = torch.ldexp(torch.ones_like(start.flatten(1)[:, 0]), -exponent)
     (grad,) = torch.autograd.grad(output, x, start * like(scale, start))
     return grad / like(scale, grad)
@@ -192,7 +200,9 @@ def huber_loss(model, schedule, x0, t, eps, c=0.1):
     """
     c_t = like(c ** (t.double() / schedule.T), x0)
     r = model(schedule.q_sample(x0, t, eps), t).to(x0.dtype) - eps
-    return (2 * r.square() / (1 + (1 + (r / c_t).square()).sqrt())).mean()  # the same, exact for small r
+    return (
+        2 * r.square() / (1 + (1 + (r / c_t).square()).sqrt())
+    ).mean()  # the same, exact for small r
 
 
 def regulariser_weight(schedule, t, beta=1.0, lam=0.3, omega=2.0, gamma=8 / 255, ray_units="pixel"):
@@ -210,8 +220,24 @@ def regulariser_weight(schedule, t, beta=1.0, lam=0.3, omega=2.0, gamma=8 / 255,
     return lam * math.sqrt(3) / ray
 
 
-def robust_loss(model, schedule, x0, t, eps, perturb="adv", constraint="equivariance", lam=0.3, omega=2.0, gamma=8 / 255,
-                ray_units="pixel", objective="eq8", detach=False, beta=None, u=None, share=1.0):
+def robust_loss(
+    model,
+    schedule,
+    x0,
+    t,
+    eps,
+    perturb="adv",
+    constraint="equivariance",
+    lam=0.3,
+    omega=2.0,
+    gamma=8 / 255,
+    ray_units="pixel",
+    objective="eq8",
+    detach=False,
+    beta=None,
+    u=None,
+    share=1.0,
+):
     """L_AT = |eps(x_t) - eps|^2 + lambda_t |eps(x_t^adv) - eps(x_t) - delta|^2  (Eq. 10) -> (scalar, parts).
 
     perturb: "ran" or "adv"; "ran" calls the model once, on [x_t, x_t + s delta] and [t, t] of 2 B rows, so that a model which
@@ -229,7 +255,9 @@ def robust_loss(model, schedule, x0, t, eps, perturb="adv", constraint="equivari
     if constraint not in ("equivariance", "invariance"):
         raise ValueError(f"constraint={constraint!r}: need 'equivariance' or 'invariance'")
     if not 0 < share <= 1:
-        raise ValueError(f"share={share}: the share of rows that are regularised must lie in (0, 1]")
+        raise ValueError(
+            f"share={share}: the share of rows that are regularised must lie in (0, 1]"
+        )
     if beta is None:
         beta = torch.empty(len(t), device=t.device).uniform_(0.5, 2)
     n = max(1, round(share * len(t)))  # rows of the second term
@@ -246,7 +274,9 @@ def robust_loss(model, schedule, x0, t, eps, perturb="adv", constraint="equivari
         eps_x, eps_adv = both.split([len(t), n])
     else:  # the attack reuses the clean forward
         eps_x = model(x_t, t).to(x0.dtype)
-        delta = adversarial_delta(model, schedule, x_n, t_n, eps[:n], radius, delta, objective, eps_x[:n])  # Eq. 8
+        delta = adversarial_delta(
+            model, schedule, x_n, t_n, eps[:n], radius, delta, objective, eps_x[:n]
+        )  # Eq. 8
         eps_adv = model(x_n + s * delta, t_n).to(x0.dtype)  # Eq. 6
 
     residual = eps_adv - (eps_x[:n].detach() if detach else eps_x[:n])
@@ -254,7 +284,9 @@ def robust_loss(model, schedule, x0, t, eps, perturb="adv", constraint="equivari
         residual = residual - delta
     l_dm = (eps_x - eps).square().mean()
     l_reg = (lambda_t.to(x0.dtype) * residual.square().flatten(1).mean(1)).mean()
-    parts = dict(L_DM=l_dm.detach(), L_reg=l_reg.detach(), lambda_t=lambda_t.mean(), delta=delta.abs().mean())
+    parts = dict(
+        L_DM=l_dm.detach(), L_reg=l_reg.detach(), lambda_t=lambda_t.mean(), delta=delta.abs().mean()
+    )
     return l_dm + l_reg, parts
 
 
@@ -268,7 +300,9 @@ def rank_gaussian_map(delta, noise):
     What comes back is a permutation of `noise`, ordered in space as delta is. No gradient flows to delta.
     """
     if delta.shape != noise.shape or delta.dim() < 3:
-        raise ValueError(f"rank_gaussian_map: delta {tuple(delta.shape)} and noise {tuple(noise.shape)} must be (B, C, H, W)")
+        raise ValueError(
+            f"rank_gaussian_map: delta {tuple(delta.shape)} and noise {tuple(noise.shape)} must be (B, C, H, W)"
+        )
     order = delta.detach().flatten(2).argsort(dim=2)
     values = noise.flatten(2).sort(dim=2).values
     return torch.empty_like(values).scatter_(2, order, values).view(noise.shape)
@@ -280,7 +314,9 @@ def addt_weight(schedule, t, unit=0.03, high=0.3):
     return ((abar / (1 - abar)).sqrt() * unit).clamp(0, high)
 
 
-def addt_loss(model, schedule, classifier, x0, y, t, eps, guide="classifier", perturb="rbgm", passes=5):
+def addt_loss(
+    model, schedule, classifier, x0, y, t, eps, guide="classifier", perturb="rbgm", passes=5
+):
     """ADDT (P2 Algorithm 1): the eps-MSE on noise that CGPO has bent against the classifier -> (scalar, parts).
 
     x0 (B, C, H, W) in [-1, 1]; y (B,) labels; classifier: images in [0, 1] -> logits. With P(x, t) = x^_0 (P2 Eq. 4),
@@ -298,18 +334,25 @@ def addt_loss(model, schedule, classifier, x0, y, t, eps, guide="classifier", pe
     The classifier must treat the images of a batch apart, as in eval mode: see scaled_gradient.
     """
     if guide not in ("classifier", "mse", "none") or perturb not in ("rbgm", "linf"):
-        raise ValueError(f"guide={guide!r}, perturb={perturb!r}: need 'classifier', 'mse' or 'none', and 'rbgm' or 'linf'")
+        raise ValueError(
+            f"guide={guide!r}, perturb={perturb!r}: need 'classifier', 'mse' or 'none', and 'rbgm' or 'linf'"
+        )
     if guide == "classifier" and (y is None or classifier is None):
         raise ValueError("guide='classifier': needs the labels y and a classifier")
     rbgm, step = perturb == "rbgm", 2 * 2 / 255  # on the [-1, 1] scale
     lambda_t = addt_weight(schedule, t) if rbgm else addt_weight(schedule, t, unit=1, high=10)
-    keep, bend = like((1 - lambda_t**2).sqrt() if rbgm else torch.ones_like(lambda_t), x0), like(lambda_t, x0)
+    keep, bend = (
+        like((1 - lambda_t**2).sqrt() if rbgm else torch.ones_like(lambda_t), x0),
+        like(lambda_t, x0),
+    )
 
     delta, objective = 1e-30 * torch.randn_like(x0), torch.zeros((), device=x0.device)
     guided = torch.zeros((), device=x0.device)
     with _frozen(model), _frozen(classifier):
         for _ in range(0 if guide == "none" else passes):
-            mapped = (rank_gaussian_map(delta, torch.randn_like(x0)) if rbgm else delta).requires_grad_()
+            mapped = (
+                rank_gaussian_map(delta, torch.randn_like(x0)) if rbgm else delta
+            ).requires_grad_()
             with torch.enable_grad():
                 x_t = schedule.q_sample(x0, t, keep * torch.randn_like(x0) + bend * mapped)
                 x0_hat = schedule.predict_x0(x_t, t, model(x_t, t).to(x0.dtype))
@@ -323,7 +366,16 @@ def addt_loss(model, schedule, classifier, x0, y, t, eps, guide="classifier", pe
             usable = grad.isfinite().flatten(1).all(1) & (grad != 0).flatten(1).any(1)
             grad = torch.where(usable.view(-1, *[1] * (grad.dim() - 1)), grad, 0)
             guided = guided + usable.to(x0.dtype).mean() / passes
-            delta = delta.detach() + grad if rbgm else (delta.detach() + step * grad.sign()).clamp(-4 * step, 4 * step)
+            delta = (
+                delta.detach() + grad
+                if rbgm
+                else (delta.detach() + step * grad.sign()).clamp(-4 * step, 4 * step)
+            )
     noise = keep * eps + bend * (rank_gaussian_map(delta, torch.randn_like(x0)) if rbgm else delta)
     loss = ddpm_loss(model, schedule, x0, t, noise)
-    return loss, dict(L_ADDT=loss.detach(), L_guide=objective.detach() / len(x0), lambda_t=lambda_t.mean(), guided=guided)
+    return loss, dict(
+        L_ADDT=loss.detach(),
+        L_guide=objective.detach() / len(x0),
+        lambda_t=lambda_t.mean(),
+        guided=guided,
+    )

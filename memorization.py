@@ -55,21 +55,34 @@ class DINOv2(torch.nn.Module):
         super().__init__()
         state = load_checkpoint(weights) if weights else None
         try:
-            self.vit = torch.hub.load(hub or "facebookresearch/dinov2", "dinov2_vitb14", source="local" if hub else "github",
-                                      pretrained=state is None, verbose=False)
-            if state is not None and (missing := self.vit.load_state_dict(state, strict=False).missing_keys):
+            self.vit = torch.hub.load(
+                hub or "facebookresearch/dinov2",
+                "dinov2_vitb14",
+                source="local" if hub else "github",
+                pretrained=state is None,
+                verbose=False,
+            )
+            if state is not None and (
+                missing := self.vit.load_state_dict(state, strict=False).missing_keys
+            ):
                 raise KeyError(f"{weights} lacks {missing[0]}")
         except Exception as e:  # no network, no hubconf.py, or weights of another network
-            raise ValueError(f"DINOv2 could not be loaded ({(str(e) or type(e).__name__).splitlines()[0]}); give --dino-hub "
-                             "FOLDER, a clone of github.com/facebookresearch/dinov2, and --dino-weights PATH to "
-                             "dinov2_vitb14_pretrain.pth, or --features pixels") from None
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # of ImageNet
+            raise ValueError(
+                f"DINOv2 could not be loaded ({(str(e) or type(e).__name__).splitlines()[0]}); give --dino-hub "
+                "FOLDER, a clone of github.com/facebookresearch/dinov2, and --dino-weights PATH to "
+                "dinov2_vitb14_pretrain.pth, or --features pixels"
+            ) from None
+        self.register_buffer(
+            "mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+        )  # of ImageNet
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
         self.eval()
 
     @torch.no_grad()
     def forward(self, x):
-        x = F.interpolate(x.float() / 255, size=(224, 224), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        x = F.interpolate(
+            x.float() / 255, size=(224, 224), mode="bicubic", antialias=True, align_corners=False
+        ).clamp(0, 1)
         f = self.vit((x - self.mean) / self.std)
         return f, f[:, :0]
 
@@ -79,7 +92,9 @@ class Pixels(torch.nn.Module):
 
     def __init__(self, images, flips):
         super().__init__()
-        total = sum(images[i : i + 10_000].sum(0, dtype=np.int64) for i in range(0, len(images), 10_000))
+        total = sum(
+            images[i : i + 10_000].sum(0, dtype=np.int64) for i in range(0, len(images), 10_000)
+        )
         mean = torch.from_numpy(total / (255 * len(images))).permute(2, 0, 1)
         mean = (mean + mean.flip(2)) / 2 if flips else mean  # the mirror images are searched too
         self.register_buffer("mean", mean.float())
@@ -92,15 +107,31 @@ class Pixels(torch.nn.Module):
 def features_network(args, train):
     """-> the network, what it does in words, its key for the cache (None: too cheap to cache)."""
     if args.features == "pixels":
-        return Pixels(train, args.flips), f"pixels minus the mean training image{' and its mirror' if args.flips else ''}", None
-    if args.features != "dinov2":  # post-ReLU features share a large common direction: see the null before any threshold
+        return (
+            Pixels(train, args.flips),
+            f"pixels minus the mean training image{' and its mirror' if args.flips else ''}",
+            None,
+        )
+    if (
+        args.features != "dinov2"
+    ):  # post-ReLU features share a large common direction: see the null before any threshold
         from classifier import load_features
 
-        return load_features(args.features), f"pooled features of {Path(args.features).name}", metrics.file_key(args.features)
+        return (
+            load_features(args.features),
+            f"pooled features of {Path(args.features).name}",
+            metrics.file_key(args.features),
+        )
     network, key = DINOv2(args.dino_hub, args.dino_weights), hashlib.sha256()
-    for v in network.vit.state_dict().values():  # of the weights themselves: downloaded ones have no path
+    for v in (
+        network.vit.state_dict().values()
+    ):  # of the weights themselves: downloaded ones have no path
         key.update(v.contiguous().numpy())
-    return network, "DINOv2 ViT-B/14 CLS token; 224 px, bicubic, clipped, ImageNet mean and std", key.hexdigest()
+    return (
+        network,
+        "DINOv2 ViT-B/14 CLS token; 224 px, bicubic, clipped, ImageNet mean and std",
+        key.hexdigest(),
+    )
 
 
 def unit_features(network, images, args, device, desc, key=None):
@@ -116,7 +147,9 @@ def unit_features(network, images, args, device, desc, key=None):
     features, _ = metrics.extract(network, images, args.batch_size, device, f"features, {desc}")
     bad = (~np.isfinite(features).all(1)).sum()
     if bad:
-        raise ValueError(f"{desc}: {bad} of {len(images)} images have NaN or infinite features (--features {args.features})")
+        raise ValueError(
+            f"{desc}: {bad} of {len(images)} images have NaN or infinite features (--features {args.features})"
+        )
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp = path.with_suffix(f".{os.getpid()}.tmp.npy")
@@ -138,12 +171,20 @@ def nearest(queries, keys, chunk_q=2048, chunk_k=8192, device="cpu", desc="neare
     are equal to TIE the lowest index wins; the similarity is computed again in float64, and is the largest to within TIE.
     """
     if queries.shape[1] != keys.shape[1] or len(keys) < 1 or min(chunk_q, chunk_k) < 1:
-        raise ValueError(f"nearest: queries {tuple(queries.shape)}, keys {tuple(keys.shape)}, chunks {chunk_q} and {chunk_k}")
+        raise ValueError(
+            f"nearest: queries {tuple(queries.shape)}, keys {tuple(keys.shape)}, chunks {chunk_q} and {chunk_k}"
+        )
     index = torch.zeros(len(queries), dtype=torch.int64)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # no TF32: it rounds to 1e-3
     try:
-        for i in tqdm(range(0, len(queries), chunk_q), desc=desc, unit="chunk", leave=False, disable=len(queries) <= chunk_q):
+        for i in tqdm(
+            range(0, len(queries), chunk_q),
+            desc=desc,
+            unit="chunk",
+            leave=False,
+            disable=len(queries) <= chunk_q,
+        ):
             q = queries[i : i + chunk_q].to(device)
             best = torch.full((len(q),), -torch.inf, device=device)
             where = torch.zeros(len(q), dtype=torch.int64, device=device)
@@ -152,12 +193,17 @@ def nearest(queries, keys, chunk_q=2048, chunk_k=8192, device="cpu", desc="neare
                 value = products.amax(1)
                 first = (products >= value[:, None] - TIE).to(torch.uint8).argmax(1)
                 better = value > best + TIE
-                best, where = torch.where(better, value, best), torch.where(better, first + j, where)
+                best, where = (
+                    torch.where(better, value, best),
+                    torch.where(better, first + j, where),
+                )
             index[i : i + chunk_q] = where.cpu()
     finally:
         torch.set_float32_matmul_precision(precision)
-    similarity = [(queries[i : i + 1024].double() * keys[index[i : i + 1024]].double()).sum(1)
-                  for i in range(0, len(queries), 1024)]
+    similarity = [
+        (queries[i : i + 1024].double() * keys[index[i : i + 1024]].double()).sum(1)
+        for i in range(0, len(queries), 1024)
+    ]
     return torch.cat(similarity).clamp(-1, 1), index
 
 
@@ -169,18 +215,31 @@ def bench(n, device):
     started = time.time()
     similarity, index = nearest(queries, keys, device=device, desc=f"{n} x {n}")
     seconds = time.time() - started
-    found = ((index[:copies] == torch.arange(n - copies, n)) & (similarity[:copies] > 1 - TIE)).sum().item()
+    found = (
+        ((index[:copies] == torch.arange(n - copies, n)) & (similarity[:copies] > 1 - TIE))
+        .sum()
+        .item()
+    )
     # of the process, features and libraries included; ru_maxrss counts KiB on Linux, bytes on macOS
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
     numbers = dict(search_seconds=seconds, peak_memory_MB=peak / 1e6, planted=copies, found=found)
-    return numbers | (dict(peak_gpu_MB=torch.cuda.max_memory_allocated(device) / 1e6) if device.type == "cuda" else {})
+    return numbers | (
+        dict(peak_gpu_MB=torch.cuda.max_memory_allocated(device) / 1e6)
+        if device.type == "cuda"
+        else {}
+    )
 
 
 def counts(similarity, thresholds):
     """Per threshold: how many similarities (n,) reach it, their share, its 95 % interval (Clopper and Pearson's, exact)."""
     n, hits = len(similarity), [int((similarity >= t).sum()) for t in thresholds]
     intervals = [binomtest(k, n).proportion_ci(0.95, method="exact") for k in hits]
-    return [dict(threshold=t, count=k, share=k / n, low=c.low, high=c.high) for t, k, c in zip(thresholds, hits, intervals)]
+    return [
+        dict(threshold=t, count=k, share=k / n, low=c.low, high=c.high)
+        for t, k, c in zip(thresholds, hits, intervals)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,32 +249,64 @@ def counts(similarity, thresholds):
 def open_samples(path, args, options, device):
     """--samples PATH -> its name, image size S, and a function that gives the images (n, S, S, 3) uint8."""
     path = Path(path).resolve()
-    name = path.name if path.is_dir() else path.parent.name if path.name in ("samples.npz", "ckpt.pt") else path.stem
+    name = (
+        path.name
+        if path.is_dir()
+        else path.parent.name
+        if path.name in ("samples.npz", "ckpt.pt")
+        else path.stem
+    )
     if path.suffix == ".pt" or (path / "config.json").is_file():
         model, size, _ = load_model(path, args, device)
-        return name, size, lambda: sample_uint8(model, size, args.n or 50_000, args, options, device, 0, 1)
+        return (
+            name,
+            size,
+            lambda: sample_uint8(model, size, args.n or 50_000, args, options, device, 0, 1),
+        )
     if path.is_dir() and not (path / "samples.npz").is_file():
         try:
             images, _ = load_images(f"folder:{path}", root=args.data_root)
         except ValueError as e:
-            raise ValueError(str(e).replace("--data folder:", "--samples ").replace("; give --image-size", "")) from None
+            raise ValueError(
+                str(e).replace("--data folder:", "--samples ").replace("; give --image-size", "")
+            ) from None
     else:
         try:
             with np.load(path / "samples.npz" if path.is_dir() else path) as f:
                 images = f["images"]
-            if images.dtype != np.uint8 or not len(images) or images.shape[1:] != (images.shape[1], images.shape[1], 3):
+            if (
+                images.dtype != np.uint8
+                or not len(images)
+                or images.shape[1:] != (images.shape[1], images.shape[1], 3)
+            ):
                 raise ValueError(f"`images` is {images.dtype} {images.shape}")
-        except (KeyError, IndexError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
-            raise ValueError(f"--samples {path}: need a folder of images, a checkpoint .pt, or an .npz with uint8 `images` of "
-                             f"shape (n, S, S, 3), n >= 1 ({str(e).splitlines()[0]})") from None
+        except (
+            KeyError,
+            IndexError,
+            TypeError,
+            ValueError,
+            OSError,
+            EOFError,
+            zipfile.BadZipFile,
+        ) as e:
+            raise ValueError(
+                f"--samples {path}: need a folder of images, a checkpoint .pt, or an .npz with uint8 `images` of "
+                f"shape (n, S, S, 3), n >= 1 ({str(e).splitlines()[0]})"
+            ) from None
     return name, images.shape[1], lambda: images[: args.n]
 
 
 def as_trained_on(images, p, sigma, seed):
     """The corrupted training images (data.py), rounded and clipped to uint8."""
     data, n = CorruptedImages(images, None, p, sigma, seed), len(images)
-    return np.concatenate([metrics.to_uint8(data.batch(torch.arange(i, min(i + 1000, n)))).permute(0, 2, 3, 1).numpy()
-                           for i in range(0, n, 1000)])
+    return np.concatenate(
+        [
+            metrics.to_uint8(data.batch(torch.arange(i, min(i + 1000, n))))
+            .permute(0, 2, 3, 1)
+            .numpy()
+            for i in range(0, n, 1000)
+        ]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,18 +318,50 @@ def histogram(results, thresholds, title, path):
     fig, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     bins = np.linspace(min(0.9, *(s.min() for s in results.values())), 1, 51)
     for i, (name, s) in enumerate(results.items()):
-        colour, dash = ("0.45", "-") if name == NULL else (metrics.COLOURS[i % 7], ["-", "--", ":"][i // 7 % 3])
+        colour, dash = (
+            ("0.45", "-")
+            if name == NULL
+            else (metrics.COLOURS[i % 7], ["-", "--", ":"][i // 7 % 3])
+        )
         fill = dict(histtype="stepfilled", fc="0.85") if name == NULL else dict(histtype="step")
-        axes[0].hist(s, bins, weights=np.full(len(s), 1 / len(s)), ec=colour, ls=dash, lw=1.6,
-                     label=f"{name}, n = {len(s)}", **fill)
+        axes[0].hist(
+            s,
+            bins,
+            weights=np.full(len(s), 1 / len(s)),
+            ec=colour,
+            ls=dash,
+            lw=1.6,
+            label=f"{name}, n = {len(s)}",
+            **fill,
+        )
         axes[1].ecdf(s, complementary=True, color=colour, ls=dash, lw=1.6)
     bottom = 0.7 / max(len(s) for s in results.values())
-    for ax, what in zip(axes, (f"share of the images per bin of {bins[1] - bins[0]:.3f}", "share of the images above")):
+    for ax, what in zip(
+        axes,
+        (f"share of the images per bin of {bins[1] - bins[0]:.3f}", "share of the images above"),
+    ):
         for i, t in enumerate(thresholds):
-            ax.axvline(t, color="k", lw=0.8, ls=":", label=f"thresholds {', '.join(map(str, thresholds))}" * (i == 0) or None)
-        ax.set(yscale="log", ylim=(bottom, 1.5), xlabel="cosine similarity to the nearest training image", ylabel=what)
+            ax.axvline(
+                t,
+                color="k",
+                lw=0.8,
+                ls=":",
+                label=f"thresholds {', '.join(map(str, thresholds))}" * (i == 0) or None,
+            )
+        ax.set(
+            yscale="log",
+            ylim=(bottom, 1.5),
+            xlabel="cosine similarity to the nearest training image",
+            ylabel=what,
+        )
         ax.spines[["top", "right"]].set_visible(False)
-    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=4, frameon=False)
+    fig.legend(
+        *axes[0].get_legend_handles_labels(),
+        fontsize=9,
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+    )
     fig.suptitle(title, fontsize=10)
     fig.savefig(path, dpi=130)
     plt.close(fig)
@@ -247,20 +370,30 @@ def histogram(results, thresholds, title, path):
 def pairs(sets, train, title, path, columns=8):
     """The closest pairs of each set: name -> (images, similarity, index, mirrored); a sample above its training image."""
     side, pad = train.shape[1], max(1, train.shape[1] // 16)
-    fig, axes = plt.subplots(len(sets), 1, figsize=(9, 2.75 * len(sets) + 0.4), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        len(sets), 1, figsize=(9, 2.75 * len(sets) + 0.4), squeeze=False, layout="constrained"
+    )
     for ax, (name, (images, similarity, index, mirrored)) in zip(axes[:, 0], sets.items()):
         canvas = np.full((2 * side + pad, columns * (side + pad) - pad, 3), 255, np.uint8)
         chosen = torch.argsort(similarity, descending=True, stable=True)[:columns].tolist()
         for k, i in enumerate(chosen):
             key = train[int(index[i])]
             canvas[:side, k * (side + pad) :][:, :side] = images[i]
-            canvas[side + pad :, k * (side + pad) :][:, :side] = key[:, ::-1] if mirrored[i] else key
+            canvas[side + pad :, k * (side + pad) :][:, :side] = (
+                key[:, ::-1] if mirrored[i] else key
+            )
         ax.imshow(canvas, interpolation="nearest")
         ax.xaxis.tick_top()
-        ax.set_xticks([k * (side + pad) + side / 2 - 0.5 for k in range(len(chosen))],
-                      [f"{similarity[i]:.3f}" + "\nmirrored" * bool(mirrored[i]) for i in chosen], fontsize=9)
-        ax.set_yticks([side / 2 - 0.5, 1.5 * side + pad - 0.5],
-                      ["test image" if name == NULL else "sample", "nearest\ntraining image"], fontsize=9)
+        ax.set_xticks(
+            [k * (side + pad) + side / 2 - 0.5 for k in range(len(chosen))],
+            [f"{similarity[i]:.3f}" + "\nmirrored" * bool(mirrored[i]) for i in chosen],
+            fontsize=9,
+        )
+        ax.set_yticks(
+            [side / 2 - 0.5, 1.5 * side + pad - 0.5],
+            ["test image" if name == NULL else "sample", "nearest\ntraining image"],
+            fontsize=9,
+        )
         ax.tick_params(length=0)
         ax.set_frame_on(False)
         ax.set_title(name, fontsize=10, loc="left")
@@ -270,38 +403,83 @@ def pairs(sets, train, title, path, columns=8):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     conflict_handler="resolve")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        conflict_handler="resolve",
+    )
     add = parser.add_argument
     add_arguments(parser)
-    add("--samples", nargs="+", metavar="PATH", help="folders of images, sample.py's samples.npz, or checkpoints to sample")
-    add("--names", nargs="+", metavar="NAME", help="one per sample, for figures and table; default: of the folder or file")
+    add(
+        "--samples",
+        nargs="+",
+        metavar="PATH",
+        help="folders of images, sample.py's samples.npz, or checkpoints to sample",
+    )
+    add(
+        "--names",
+        nargs="+",
+        metavar="NAME",
+        help="one per sample, for figures and table; default: of the folder or file",
+    )
     add("--data", metavar="NAME", help="training set: " + NAMES)
-    add("--test", metavar="NAME", help="held-out set of the null; default: the test split of --data; folder:PATH needs it")
-    add("--null", action=argparse.BooleanOptionalAction, default=True, help="search the held-out images as well")
-    add("--p", type=float, default=0.0, help="with --sigma: compare against the images as trained on, default the clean ones")
+    add(
+        "--test",
+        metavar="NAME",
+        help="held-out set of the null; default: the test split of --data; folder:PATH needs it",
+    )
+    add(
+        "--null",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="search the held-out images as well",
+    )
+    add(
+        "--p",
+        type=float,
+        default=0.0,
+        help="with --sigma: compare against the images as trained on, default the clean ones",
+    )
     add("--sigma", type=float, default=0.0)
     add("--data-seed", type=int, default=0, help="the --seed of that training")
-    add("--image-size", type=int, metavar="S", help="of the training set and of checkpoints; default: the set's own")
+    add(
+        "--image-size",
+        type=int,
+        metavar="S",
+        help="of the training set and of checkpoints; default: the set's own",
+    )
     add("--features", default="dinov2", help="dinov2 | pixels | a checkpoint of classifier.py")
     add("--dino-hub", metavar="FOLDER", help="a local clone of github.com/facebookresearch/dinov2")
     add("--dino-weights", metavar="PATH", help="dinov2_vitb14_pretrain.pth, a local copy")
-    add("--flips", action=argparse.BooleanOptionalAction, default=True, help="search mirror images of the training set too")
+    add(
+        "--flips",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="search mirror images of the training set too",
+    )
     add("--thresholds", type=float, nargs="+", default=[0.9, 0.94, 0.95, 0.99])
-    add("--n", type=int, help="images: of a checkpoint 50,000 by default, else the first n of those there")
+    add(
+        "--n",
+        type=int,
+        help="images: of a checkpoint 50,000 by default, else the first n of those there",
+    )
     add("--steps", type=int, help="default: ddpm 1000, ddim 100, heun 18")
     add("--bench", type=int, metavar="N", help="only time the search, on N x N random features")
     add("--out", default="out_memorization")
     args = parser.parse_args()
     started = time.time()
     if min(v for v in (args.batch_size, args.n, args.bench, 1) if v is not None) < 1:
-        raise ValueError(f"--batch-size {args.batch_size} --n {args.n} --bench {args.bench}: all must be at least 1")
+        raise ValueError(
+            f"--batch-size {args.batch_size} --n {args.n} --bench {args.bench}: all must be at least 1"
+        )
     if args.inception_weights:
         raise ValueError("--inception-weights: no Inception here; see --features")
     options = sampler_options(args, args.steps, "respaced")
     device, _, world = setup(args.device)
     if world > 1:
-        raise ValueError("torchrun: this runs in one process; sample with sample.py under torchrun and give its samples.npz")
+        raise ValueError(
+            "torchrun: this runs in one process; sample with sample.py under torchrun and give its samples.npz"
+        )
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     if args.bench:
@@ -312,48 +490,97 @@ def main():
     if not args.samples or not args.data:
         raise ValueError("give --samples PATH and --data NAME, the training set")
     if args.null and args.data.startswith("folder:") and args.test in (None, args.data):
-        raise ValueError(f"--data {args.data}: give --test, other images for the null, or say --no-null")
+        raise ValueError(
+            f"--data {args.data}: give --test, other images for the null, or say --no-null"
+        )
     if bool(args.p) != bool(args.sigma):
         raise ValueError(f"--p {args.p} --sigma {args.sigma}: give both, or neither")
     samples = [open_samples(path, args, options, device) for path in args.samples]
     names = args.names or [name for name, _, _ in samples]
     if len(set(names) | {NULL}) <= len(names) or len(names) != len(samples):
-        raise ValueError(f"--names: need {len(samples)} different names, one per sample, not {' '.join(names)}")
+        raise ValueError(
+            f"--names: need {len(samples)} different names, one per sample, not {' '.join(names)}"
+        )
     train, _ = load_images(args.data, args.image_size, root=args.data_root)
-    test = load_images(args.test or args.data, args.image_size, "test", args.data_root)[0] if args.null else None
-    sizes = zip([*args.samples, "--test"], [size for _, size, _ in samples] + ([test.shape[1]] if args.null else []))
+    test = (
+        load_images(args.test or args.data, args.image_size, "test", args.data_root)[0]
+        if args.null
+        else None
+    )
+    sizes = zip(
+        [*args.samples, "--test"],
+        [size for _, size, _ in samples] + ([test.shape[1]] if args.null else []),
+    )
     for path, size in sizes:
         if size != train.shape[1]:
-            raise ValueError(f"{path}: images of {size} x {size}, --data of {train.shape[1]} x {train.shape[1]}; "
-                             f"give --image-size {size}")
+            raise ValueError(
+                f"{path}: images of {size} x {size}, --data of {train.shape[1]} x {train.shape[1]}; "
+                f"give --image-size {size}"
+            )
     if args.p:
         train = as_trained_on(train, args.p, args.sigma, args.data_seed)
     network, description, key = features_network(args, train)
-    sets = {name: images() for name, (_, _, images) in zip(names, samples)} | ({NULL: test} if args.null else {})
+    sets = {name: images() for name, (_, _, images) in zip(names, samples)} | (
+        {NULL: test} if args.null else {}
+    )
 
     key = key and f"{description}|{key}"
     keys = unit_features(network, train, args, device, "training images", key)
     if args.flips:
-        keys = torch.cat([keys, unit_features(network, train[:, :, ::-1], args, device, "mirror images", key)])
+        keys = torch.cat(
+            [keys, unit_features(network, train[:, :, ::-1], args, device, "mirror images", key)]
+        )
     results, numbers, lines = {}, {}, ["name,n,threshold,count,share,low,high"]
     for name, images in sets.items():
         queries = unit_features(network, images, args, device, name, key if name == NULL else None)
         similarity, index = nearest(queries, keys, device=device, desc=f"nearest, {name}")
         results[name] = images, similarity, index % len(train), index >= len(train)
         rows = counts(similarity, args.thresholds)
-        numbers[name] = dict(n=len(images), median=similarity.median().item(), max=similarity.max().item(), counts=rows)
-        lines += [f"{name},{len(images)}," + ",".join(f"{v:.6g}" for v in row.values()) for row in rows]
+        numbers[name] = dict(
+            n=len(images),
+            median=similarity.median().item(),
+            max=similarity.max().item(),
+            counts=rows,
+        )
+        lines += [
+            f"{name},{len(images)}," + ",".join(f"{v:.6g}" for v in row.values()) for row in rows
+        ]
     (out / "table.csv").write_text("\n".join(lines) + "\n")
-    np.savez_compressed(out / "nearest.npz", **{f"{name}/{k}": v.numpy() for name, r in results.items()
-                                                for k, v in zip(("similarity", "index", "mirrored"), r[1:])})
-    title = (f"{len(train)} {'corrupted ' if args.p else ''}training images{' and their mirror images' if args.flips else ''}, "
-             f"{train.shape[1]} x {train.shape[1]}\n{description}")
-    histogram({name: r[1].numpy() for name, r in results.items()}, args.thresholds, title, out / "histogram.png")
+    np.savez_compressed(
+        out / "nearest.npz",
+        **{
+            f"{name}/{k}": v.numpy()
+            for name, r in results.items()
+            for k, v in zip(("similarity", "index", "mirrored"), r[1:])
+        },
+    )
+    title = (
+        f"{len(train)} {'corrupted ' if args.p else ''}training images{' and their mirror images' if args.flips else ''}, "
+        f"{train.shape[1]} x {train.shape[1]}\n{description}"
+    )
+    histogram(
+        {name: r[1].numpy() for name, r in results.items()},
+        args.thresholds,
+        title,
+        out / "histogram.png",
+    )
     pairs(results, train, title, out / "pairs.png")
-    metrics.write_metrics(out, started, seed=args.seed, device=device, n={name: v["n"] for name, v in numbers.items()},
-                          n_train=len(train), image_size=train.shape[1], flips=args.flips, p=args.p, sigma=args.sigma,
-                          features=description, samples=dict(zip(names, args.samples)), results=numbers,
-                          sampler_if_sampled=dict(options, sampler=args.sampler))
+    metrics.write_metrics(
+        out,
+        started,
+        seed=args.seed,
+        device=device,
+        n={name: v["n"] for name, v in numbers.items()},
+        n_train=len(train),
+        image_size=train.shape[1],
+        flips=args.flips,
+        p=args.p,
+        sigma=args.sigma,
+        features=description,
+        samples=dict(zip(names, args.samples)),
+        results=numbers,
+        sampler_if_sampled=dict(options, sampler=args.sampler),
+    )
     print("\n".join(lines) + f"\n-> {out}/histogram.png, pairs.png")
 
 

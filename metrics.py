@@ -20,7 +20,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-COLOURS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # of all figures: Okabe and Ito's
+COLOURS = [
+    "#000000",
+    "#D55E00",
+    "#0072B2",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+]  # of all figures: Okabe and Ito's
 
 # ---------------------------------------------------------------------------------------------------------------------
 # distances between sets of features
@@ -55,7 +63,12 @@ def inception_score(logits, splits=10):
     scores = []
     for q in p.chunk(splits):  # xlogy(0, 0) = 0: a class that never occurs adds nothing
         marginal = q.exp().mean(0)
-        scores.append(((q.exp() * q.clamp_min(-1e4)).sum(1) - torch.xlogy(q.exp(), marginal).sum(1)).mean().exp().item())
+        scores.append(
+            ((q.exp() * q.clamp_min(-1e4)).sum(1) - torch.xlogy(q.exp(), marginal).sum(1))
+            .mean()
+            .exp()
+            .item()
+        )
     return float(np.mean(scores)), float(np.std(scores))
 
 
@@ -67,8 +80,13 @@ def judged_faulty(clean, faulty, *samples):
     """
     (mu0, cov0), (mu1, cov1) = moments(clean[::2]), moments(faulty[::2])
     within = (cov0 + cov1) / 2
-    w = np.linalg.solve(within + 1e-6 * np.trace(within) / len(within) * np.eye(len(within)), mu1 - mu0)
-    return [float((np.asarray(f, np.float64) @ w > (mu0 + mu1) @ w / 2).mean()) for f in (clean[1::2], faulty[1::2], *samples)]
+    w = np.linalg.solve(
+        within + 1e-6 * np.trace(within) / len(within) * np.eye(len(within)), mu1 - mu0
+    )
+    return [
+        float((np.asarray(f, np.float64) @ w > (mu0 + mu1) @ w / 2).mean())
+        for f in (clean[1::2], faulty[1::2], *samples)
+    ]
 
 
 def diversity(real, fake, k=5):
@@ -81,8 +99,12 @@ def diversity(real, fake, k=5):
     real = torch.as_tensor(real, dtype=torch.float32)
     fake = torch.as_tensor(fake, dtype=torch.float32)
     if min(len(real), len(fake)) <= k:
-        raise ValueError(f"diversity: {len(real)} and {len(fake)} images, need more than k = {k} of each")
-    radius_real = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # the nearest neighbour is the point itself
+        raise ValueError(
+            f"diversity: {len(real)} and {len(fake)} images, need more than k = {k} of each"
+        )
+    radius_real = (
+        torch.cdist(real, real).kthvalue(k + 1, dim=1).values
+    )  # the nearest neighbour is the point itself
     radius_fake = torch.cdist(fake, fake).kthvalue(k + 1, dim=1).values
     distance = torch.cdist(real, fake)
     in_real = distance <= radius_real[:, None]
@@ -90,7 +112,8 @@ def diversity(real, fake, k=5):
         precision=in_real.any(0).double().mean().item(),
         recall=(distance <= radius_fake).any(1).double().mean().item(),
         density=in_real.double().sum(0).mean().item() / k,
-        coverage=in_real.any(1).double().mean().item())
+        coverage=in_real.any(1).double().mean().item(),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,12 +129,20 @@ def image_statistics(x):
     """
     waves = torch.fft.fft2(x - x.mean((2, 3), keepdim=True), norm="forward")
     spectrum = waves.abs().square().mean((0, 1))
-    frequency = torch.fft.fftfreq(x.shape[-1], device=x.device).abs() * 2  # 1 is the highest along an axis
+    frequency = (
+        torch.fft.fftfreq(x.shape[-1], device=x.device).abs() * 2
+    )  # 1 is the highest along an axis
     radius = (frequency[:, None].square() + frequency.square()).sqrt()
     edges = [0.0, 1 / 8, 1 / 4, 1 / 2, 2.0]
-    power = {f"power_{i}": spectrum[(radius > low) & (radius <= high)].sum().item()
-             for i, (low, high) in enumerate(zip(edges, edges[1:]), 1)}
-    return dict(noise_level=noise_level(x).mean().item(), brightness_std=x.flatten(1).mean(1).std().item(), **power)
+    power = {
+        f"power_{i}": spectrum[(radius > low) & (radius <= high)].sum().item()
+        for i, (low, high) in enumerate(zip(edges, edges[1:]), 1)
+    }
+    return dict(
+        noise_level=noise_level(x).mean().item(),
+        brightness_std=x.flatten(1).mean(1).std().item(),
+        **power,
+    )
 
 
 def psnr(x, y, peak=2.0):
@@ -217,14 +248,20 @@ class Inception(torch.nn.Module):
         names = inception.load_state_dict_from_url, inception.fid_inception_v3
         try:
             if weights is not None:
-                inception.load_state_dict_from_url = lambda *a, **k: torch.load(weights, map_location="cpu", weights_only=True)
+                inception.load_state_dict_from_url = lambda *a, **k: torch.load(
+                    weights, map_location="cpu", weights_only=True
+                )
             full = inception.fid_inception_v3()
-            inception.fid_inception_v3 = lambda: full  # InceptionV3 drops the head; it is kept here for the logits
+            inception.fid_inception_v3 = lambda: (
+                full
+            )  # InceptionV3 drops the head; it is kept here for the logits
             self.pool = inception.InceptionV3([3])
         except Exception as e:  # no network, or a file that is not these weights
-            raise ValueError(f"Inception weights could not be {'read from ' + str(weights) if weights else 'downloaded'} "
-                             f"({(str(e) or type(e).__name__).splitlines()[0]}); give --inception-weights PATH to "
-                             "pt_inception-2015-12-05-6726825d.pth, or --features CHECKPOINT") from None
+            raise ValueError(
+                f"Inception weights could not be {'read from ' + str(weights) if weights else 'downloaded'} "
+                f"({(str(e) or type(e).__name__).splitlines()[0]}); give --inception-weights PATH to "
+                "pt_inception-2015-12-05-6726825d.pth, or --features CHECKPOINT"
+            ) from None
         finally:
             inception.load_state_dict_from_url, inception.fid_inception_v3 = names
         self.head = full.fc.weight
@@ -240,8 +277,12 @@ def extract(network, images, batch_size=250, device="cpu", desc="features"):
     """Run `network` on uint8 images (N, S, S, 3) array -> features (N, d), logits (N, k), float32 arrays."""
     network = network.to(device)
     features, logits = [], []
-    for i in tqdm(range(0, len(images), batch_size), desc=desc, leave=False, disable=len(images) <= batch_size):
-        batch = torch.from_numpy(np.array(images[i : i + batch_size])).permute(0, 3, 1, 2).to(device)
+    for i in tqdm(
+        range(0, len(images), batch_size), desc=desc, leave=False, disable=len(images) <= batch_size
+    ):
+        batch = (
+            torch.from_numpy(np.array(images[i : i + batch_size])).permute(0, 3, 1, 2).to(device)
+        )
         f, y = network(batch)
         features.append(f.float().cpu())
         logits.append(y.float().cpu())
@@ -284,18 +325,29 @@ def write_metrics(out, started, *, seed, device, n, **numbers):
     """OUT/metrics.json: command, commit, seed, versions, device, n, wall time and the numbers. started: time.time()."""
     here = Path(__file__).resolve().parent
     try:
-        git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=10"],
-                             capture_output=True, text=True)
+        git = subprocess.run(
+            ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=10"],
+            capture_output=True,
+            text=True,
+        )
         commit = git.stdout.strip() or "unknown"
     except OSError:  # no git on this machine
         commit = "unknown"
     device = torch.device(device)
     record = dict(
         command=" ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-        commit=commit, seed=seed, n=n, wall_seconds=round(time.time() - started, 1),
-        versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
-        **numbers)
+        commit=commit,
+        seed=seed,
+        n=n,
+        wall_seconds=round(time.time() - started, 1),
+        versions=dict(
+            python=platform.python_version(), torch=torch.__version__, numpy=np.__version__
+        ),
+        device=torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu ({torch.get_num_threads()} threads)",
+        **numbers,
+    )
     path = Path(out) / "metrics.json"
     path.with_suffix(".tmp").write_text(json.dumps(record, indent=2, default=float) + "\n")
     os.replace(path.with_suffix(".tmp"), path)
@@ -307,6 +359,7 @@ def cli(main):
 
     TRACEBACK=1 in the environment shows where it came from.
     """
+
     def refuse(parser, message):  # argparse would print its usage, of up to 20 lines, first
         message = re.sub(r"^argument (\S+): (?=\S+: )", r"\1 ", message)  # --p 1.5: must lie in ..
         parser.exit(2, f"{parser.prog}: {message}; see --help\n")

@@ -26,18 +26,42 @@ from runtime import fast_bf16
 
 SIZES = {  # n images behind each number, made in `ddpm` or `ddim` steps
     "toy": dict(
-        image="--image-size 16", train="--model mini --iters 600 --sample-every 0", n=400, ddpm=100, ddim=50,
-        classifier="--model small --epochs 8", attack="--steps 50 --scale var --n 32", bench="--model mini --image-size 16",
-        steps="--steps 300 100 50 --n 64"),
+        image="--image-size 16",
+        train="--model mini --iters 600 --sample-every 0",
+        n=400,
+        ddpm=100,
+        ddim=50,
+        classifier="--model small --epochs 8",
+        attack="--steps 50 --scale var --n 32",
+        bench="--model mini --image-size 16",
+        steps="--steps 300 100 50 --n 64",
+    ),
     "short": dict(
-        image="", train="--iters 5000 --ema 0.999 --warmup 500 --sample-every 0", n=10_000, ddpm=100, ddim=50,
-        classifier="--model wrn-28-10 --epochs 15", attack="--steps 100 --n 500", bench="",
-        steps="--steps 500 300 100 --n 1000"),
+        image="",
+        train="--iters 5000 --ema 0.999 --warmup 500 --sample-every 0",
+        n=10_000,
+        ddpm=100,
+        ddim=50,
+        classifier="--model wrn-28-10 --epochs 15",
+        attack="--steps 100 --n 500",
+        bench="",
+        steps="--steps 500 300 100 --n 1000",
+    ),
     "full": dict(
-        image="", train="", n=10_000, ddpm=1000, ddim=100, classifier="--model wrn-28-10", attack="--n 10000", bench="",
-        steps="--steps 1000 500 300 100 50 --n 10000"),
+        image="",
+        train="",
+        n=10_000,
+        ddpm=1000,
+        ddim=100,
+        classifier="--model wrn-28-10",
+        attack="--n 10000",
+        bench="",
+        steps="--steps 1000 500 300 100 50 --n 10000",
+    ),
 }
-FIRST = "--model mini --data synthetic --image-size 16 --p 0.9 --sigma 0.2 --iters 800 --sample-every 0"
+FIRST = (
+    "--model mini --data synthetic --image-size 16 --p 0.9 --sigma 0.2 --iters 800 --sample-every 0"
+)
 FIRST_ADV = "--reg-last 0.2"
 FIRST_SAMPLES = "--n 64 --sampler ddpm --steps 100 --no-png"
 NOISY, MILD, CLEAN = "--p 0.9 --sigma 0.2", "--p 0.9 --sigma 0.1", ""
@@ -63,8 +87,16 @@ def shared(args):
     common = ["--data-root", args.data_root, "--device", args.device]
     if args.inception_weights:
         return common, ["--fid", "--inception-weights", args.inception_weights], []
-    flags = [*size["classifier"].split(), "--data", args.data, *(["--test", args.test] if args.test else []),
-             *size["image"].split(), *common, "--out", f"{work}/classifier"]
+    flags = [
+        *size["classifier"].split(),
+        "--data",
+        args.data,
+        *(["--test", args.test] if args.test else []),
+        *size["image"].split(),
+        *common,
+        "--out",
+        f"{work}/classifier",
+    ]
     score = ["--fid", "--features", f"{work}/classifier/classifier.pt"]
     return common, score, [(work / "classifier/metrics.json", ["classifier.py", *flags])]
 
@@ -73,17 +105,39 @@ def cell(args, name, method, corruption, seed, samplers):
     """-> [(result that says it is done, argv)]: one training, and a sample of it by each sampler."""
     size, work, (common, score, _) = SIZES[args.size], Path(args.work), shared(args)
     flags = f"{method} {corruption} {size['train']} {size['image']} --seed {seed}".split()
-    todo = [(work / name / "metrics.json", ["train.py", *flags, "--data", args.data, *common, "--out", f"{work}/{name}"])]
+    todo = [
+        (
+            work / name / "metrics.json",
+            ["train.py", *flags, "--data", args.data, *common, "--out", f"{work}/{name}"],
+        )
+    ]
     for sampler in samplers:
         flags = f"--ckpt {work}/{name}/ckpt.pt --n {size['n']} --sampler {sampler} --steps {size[sampler]}".split()
-        todo.append((work / name / sampler / "metrics.json",
-                     ["sample.py", *flags, *score, "--no-png", *common, "--out", f"{work}/{name}/{sampler}"]))
+        todo.append(
+            (
+                work / name / sampler / "metrics.json",
+                [
+                    "sample.py",
+                    *flags,
+                    *score,
+                    "--no-png",
+                    *common,
+                    "--out",
+                    f"{work}/{name}/{sampler}",
+                ],
+            )
+        )
     return todo
 
 
 def commands(args):
     """[(result that says it is done, argv)]; a training's result is its metrics.json at the last step."""
-    size, work, out, (common, score, todo) = SIZES[args.size], Path(args.work), Path(args.out), shared(args)
+    size, work, out, (common, score, todo) = (
+        SIZES[args.size],
+        Path(args.work),
+        Path(args.out),
+        shared(args),
+    )
     data, test = ["--data", args.data], ["--test", args.test] if args.test else []
 
     def ckpts(*names):
@@ -93,19 +147,83 @@ def commands(args):
         if name not in args.skip:
             todo += cell(args, name, method, corruption, args.seed, ["ddpm", "ddim"])
     noisy = [name for name, corruption, *_ in ROWS if corruption == NOISY and name not in args.skip]
-    pair, flags = ckpts("none-0", "adv-0"), f"--sampler ddpm --steps {size['ddpm']} --n 64 --no-png".split()
-    samples = ["--samples", f"{work}/none-0/ddpm", f"{work}/adv-0/ddpm", "--names", "DDPM", "Robust_adv"]
+    pair, flags = (
+        ckpts("none-0", "adv-0"),
+        f"--sampler ddpm --steps {size['ddpm']} --n 64 --no-png".split(),
+    )
+    samples = [
+        "--samples",
+        f"{work}/none-0/ddpm",
+        f"{work}/adv-0/ddpm",
+        "--names",
+        "DDPM",
+        "Robust_adv",
+    ]
     if noisy:
-        todo.append((out / "samples/side_by_side.png", ["compare.py", *ckpts(*noisy), *flags, *common,
-                                                        "--out", f"{out}/samples"]))
+        todo.append(
+            (
+                out / "samples/side_by_side.png",
+                ["compare.py", *ckpts(*noisy), *flags, *common, "--out", f"{out}/samples"],
+            )
+        )
     todo += [
-        (out / "attack/metrics.json", ["attack.py", *pair, *size["attack"].split(), *score, *common, "--out", f"{out}/attack"]),
-        (out / "memorization/metrics.json", ["memorization.py", *samples, *data, *test, *size["image"].split(), "--features",
-                                             args.memorization_features, *common, "--out", f"{out}/memorization"]),
-        (out / "bench/metrics.json", ["bench.py", "--what", "methods", *size["bench"].split(), "--device", args.device,
-                                      "--out", f"{out}/bench"]),
-        (out / "steps/steps.md", ["compare.py", *pair, *size["steps"].split(), "--spacing", "respaced", "naive", "truncated",
-                                  *score, "--no-png", *common, "--out", f"{out}/steps"]),
+        (
+            out / "attack/metrics.json",
+            [
+                "attack.py",
+                *pair,
+                *size["attack"].split(),
+                *score,
+                *common,
+                "--out",
+                f"{out}/attack",
+            ],
+        ),
+        (
+            out / "memorization/metrics.json",
+            [
+                "memorization.py",
+                *samples,
+                *data,
+                *test,
+                *size["image"].split(),
+                "--features",
+                args.memorization_features,
+                *common,
+                "--out",
+                f"{out}/memorization",
+            ],
+        ),
+        (
+            out / "bench/metrics.json",
+            [
+                "bench.py",
+                "--what",
+                "methods",
+                *size["bench"].split(),
+                "--device",
+                args.device,
+                "--out",
+                f"{out}/bench",
+            ],
+        ),
+        (
+            out / "steps/steps.md",
+            [
+                "compare.py",
+                *pair,
+                *size["steps"].split(),
+                "--spacing",
+                "respaced",
+                "naive",
+                "truncated",
+                *score,
+                "--no-png",
+                *common,
+                "--out",
+                f"{out}/steps",
+            ],
+        ),
     ]
     return todo
 
@@ -118,29 +236,41 @@ def finished(done, argv=None):
     if not done.exists():
         return False
     record = json.loads(done.read_text()) if done.name == "metrics.json" else {}
-    if argv and record and record["command"].removesuffix(" --resume") != "python " + " ".join(argv):
-        raise ValueError(f"{done}: is of `{record['command']}`, not of these settings; choose another --work and --out")
+    if (
+        argv
+        and record
+        and record["command"].removesuffix(" --resume") != "python " + " ".join(argv)
+    ):
+        raise ValueError(
+            f"{done}: is of `{record['command']}`, not of these settings; choose another --work and --out"
+        )
     return "step" not in record or record["step"] >= record["args"]["iters"]
 
 
 def run(done, argv, deadline, first=True):
     """Runs a script to its end, or to the deadline; then it is asked to save and stop. -> whether it ended."""
     resume = ["--resume"] if argv[0] == "train.py" and (done.parent / "ckpt.pt").exists() else []
-    process = subprocess.Popen([sys.executable, str(Path(__file__).resolve().parent / argv[0]), *argv[1:], *resume])
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).resolve().parent / argv[0]), *argv[1:], *resume]
+    )
     try:
         code = process.wait(timeout=deadline and max(1.0, deadline - time.time()))
     except subprocess.TimeoutExpired:
         process.terminate()
         process.wait()
         if first and argv[0] != "train.py":
-            raise ValueError(f"{argv[0]}: does not fit into --minutes and cannot be continued in pieces; give more") from None
+            raise ValueError(
+                f"{argv[0]}: does not fit into --minutes and cannot be continued in pieces; give more"
+            ) from None
         return False
     except BaseException:  # Ctrl-C has reached the command as well; SIGTERM has not
         process.terminate()
         process.wait()
         raise
     if code or not finished(done):
-        raise ValueError(f"`{shlex.join(argv)}` ended with exit code {code} and without {done}; the same line again continues")
+        raise ValueError(
+            f"`{shlex.join(argv)}` ended with exit code {code} and without {done}; the same line again continues"
+        )
     return True
 
 
@@ -149,18 +279,46 @@ def first(args):
     out, device = args.out or "first", ["--device", args.device]
     todo, names = [], ("DDPM", "Robust_adv")
     for name, method in zip(names, (["none"], ["adv", *FIRST_ADV.split()])):
-        flags = ["--robust", *method, *FIRST.split(), "--seed", str(args.seed), "--amp", "bf16" if fast_bf16() else "auto"]
-        todo.append((Path(out, name, "metrics.json"), ["train.py", *flags, *device, "--out", f"{out}/{name}"]))
-    samples = ["compare.py", "--ckpt", *(f"{out}/{name}" for name in names), *FIRST_SAMPLES.split(), *device, "--out", out]
+        flags = [
+            "--robust",
+            *method,
+            *FIRST.split(),
+            "--seed",
+            str(args.seed),
+            "--amp",
+            "bf16" if fast_bf16() else "auto",
+        ]
+        todo.append(
+            (
+                Path(out, name, "metrics.json"),
+                ["train.py", *flags, *device, "--out", f"{out}/{name}"],
+            )
+        )
+    samples = [
+        "compare.py",
+        "--ckpt",
+        *(f"{out}/{name}" for name in names),
+        *FIRST_SAMPLES.split(),
+        *device,
+        "--out",
+        out,
+    ]
     return [*todo, (Path(out, "side_by_side.png"), samples)]
 
 
 def run_all(todo, args):
     """Runs what is not done, for --minutes if given. -> whether all is done; with --dry-run nothing is run."""
     if args.dry_run:
-        print("\n".join(f"{'done ' if finished(done, argv) else '     '} python {shlex.join(argv)}" for done, argv in todo))
+        print(
+            "\n".join(
+                f"{'done ' if finished(done, argv) else '     '} python {shlex.join(argv)}"
+                for done, argv in todo
+            )
+        )
         return False
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # passes through run(), which stops the command
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # passes through run(), which stops the command
     deadline, first = args.minutes and time.time() + 60 * args.minutes, True
     Path(args.out).mkdir(parents=True, exist_ok=True)
     for i, (done, argv) in enumerate(todo):
@@ -183,15 +341,23 @@ def table(args):
     work, out = Path(args.work), Path(args.out)
     records = {}
     for name, *_ in ROWS:
-        for kind, path in (("train", work / name), ("ddpm", work / name / "ddpm"), ("ddim", work / name / "ddim")):
+        for kind, path in (
+            ("train", work / name),
+            ("ddpm", work / name / "ddpm"),
+            ("ddim", work / name / "ddim"),
+        ):
             if finished(path / "metrics.json"):
                 records[name, kind] = json.loads((path / "metrics.json").read_text())
                 (out / "records").mkdir(parents=True, exist_ok=True)
                 shutil.copy(path / "metrics.json", out / "records" / f"{name}-{kind}.json")
-    distance = next((k for r in records.values() for k in r if k.startswith(("FID", "Fréchet"))), "FID")
-    lines = [f"| row | FID / IS, P1: DDPM | DDIM | {distance} / IS, here: DDPM | DDIM | noise left: DDPM | DDIM "
-             "| as P1: DDPM, DDIM |",
-             "|---|---|---|---|---|---|---|---|"]
+    distance = next(
+        (k for r in records.values() for k in r if k.startswith(("FID", "Fréchet"))), "FID"
+    )
+    lines = [
+        f"| row | FID / IS, P1: DDPM | DDIM | {distance} / IS, here: DDPM | DDIM | noise left: DDPM | DDIM "
+        "| as P1: DDPM, DDIM |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
 
     def number(pair):
         return " / ".join(f"{v:.4g}" for v in pair) if pair else "-"
@@ -208,18 +374,33 @@ def table(args):
             if name.startswith("inv"):  # P1 has no number for it here; it must do worse
                 paper, paper_plain = (1,), (0,)
             if name != plain[0] and paper and ours and ours_plain:
-                verdict.append("yes" if (ours[0] < ours_plain[0]) == (paper[0] < paper_plain[0]) else "no")
-        noise = [f"{records[name, s]['noise_level']:.3f}" if (name, s) in records else "-" for s in ("ddpm", "ddim")]
+                verdict.append(
+                    "yes" if (ours[0] < ours_plain[0]) == (paper[0] < paper_plain[0]) else "no"
+                )
+        noise = [
+            f"{records[name, s]['noise_level']:.3f}" if (name, s) in records else "-"
+            for s in ("ddpm", "ddim")
+        ]
         ran = (name, "ddpm") in records or (name, "ddim") in records
-        cells = [name, number(ddpm), number(ddim), number(here(name, "ddpm")), number(here(name, "ddim")), *noise,
-                 (", ".join(verdict) or "-") if ran else "not run"]
+        cells = [
+            name,
+            number(ddpm),
+            number(ddim),
+            number(here(name, "ddpm")),
+            number(here(name, "ddim")),
+            *noise,
+            (", ".join(verdict) or "-") if ran else "not run",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     steps = [r.get("step") for (_, kind), r in records.items() if kind == "train"]
     n = sorted({r["n"] for (_, kind), r in records.items() if kind != "train"})
     hardware = sorted({r["device"] for r in records.values()})
-    lines += ["", f"Size `{args.size}`, seed {args.seed}; {' or '.join(map(str, sorted(set(steps))))} training steps; "
-                  f"{', '.join(map(str, n))} samples per number; {'; '.join(hardware)}. The noise of the training images is in "
-                  "samples/table.csv."]
+    lines += [
+        "",
+        f"Size `{args.size}`, seed {args.seed}; {' or '.join(map(str, sorted(set(steps))))} training steps; "
+        f"{', '.join(map(str, n))} samples per number; {'; '.join(hardware)}. The noise of the training images is in "
+        "samples/table.csv.",
+    ]
     return lines
 
 
@@ -227,10 +408,19 @@ def add_arguments(parser, sizes):
     """The flags that every list of commands shares."""
     add = parser.add_argument
     add("size", choices=sizes)
-    add("--data", default="cifar10", metavar="NAME", help="cifar10 | folder:PATH | synthetic, as in train.py")
+    add(
+        "--data",
+        default="cifar10",
+        metavar="NAME",
+        help="cifar10 | folder:PATH | synthetic, as in train.py",
+    )
     add("--test", metavar="NAME", help="held-out images, for folder:PATH")
     add("--data-root", default="data")
-    add("--inception-weights", metavar="PATH", help="FID and IS with Inception; default: a classifier trained first")
+    add(
+        "--inception-weights",
+        metavar="PATH",
+        help="FID and IS with Inception; default: a classifier trained first",
+    )
     add("--minutes", type=float, help="stop after so long; the same line continues")
     add("--dry-run", action="store_true", help="print the commands and what is done")
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
@@ -247,11 +437,23 @@ def check(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add_arguments(parser, ["first", *SIZES])
-    add("--memorization-features", help="dinov2 (default of full) | pixels | a checkpoint of classifier.py")
-    add("--skip", nargs="+", default=[], choices=[name for name, *_ in ROWS], metavar="ROW", help="rows not to run")
+    add(
+        "--memorization-features",
+        help="dinov2 (default of full) | pixels | a checkpoint of classifier.py",
+    )
+    add(
+        "--skip",
+        nargs="+",
+        default=[],
+        choices=[name for name, *_ in ROWS],
+        metavar="ROW",
+        help="rows not to run",
+    )
     add("--out", help="default WORK/results")
     args = parser.parse_args()
     if args.size == "first":
@@ -260,11 +462,17 @@ def main():
             print(f"-> {args.out}/side_by_side.png")
         return
     check(args)
-    args.memorization_features = args.memorization_features or ("dinov2" if args.size == "full" else "pixels")
-    args.out = args.out or f"{args.work}/results"  # not results/, which holds the runs of the README
+    args.memorization_features = args.memorization_features or (
+        "dinov2" if args.size == "full" else "pixels"
+    )
+    args.out = (
+        args.out or f"{args.work}/results"
+    )  # not results/, which holds the runs of the README
     needed = {"none-0", "adv-0"} & set(args.skip)
     if needed:
-        raise ValueError(f"--skip {needed.pop()}: the attack, memorisation and fewer-steps figures need it")
+        raise ValueError(
+            f"--skip {needed.pop()}: the attack, memorisation and fewer-steps figures need it"
+        )
     todo = commands(args)
     started = time.time()
     if not run_all(todo, args):

@@ -31,18 +31,34 @@ from sample import features_network, setup
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-METHODS = {"none": "--robust none", "ran": "--robust ran" + PAPER, "adv": "--robust adv" + PAPER, "huber": "--robust huber",
-           "ambient": "--robust ambient", "drop": "--drop-noisy"}
+METHODS = {
+    "none": "--robust none",
+    "ran": "--robust ran" + PAPER,
+    "adv": "--robust adv" + PAPER,
+    "huber": "--robust huber",
+    "ambient": "--robust ambient",
+    "drop": "--drop-noisy",
+}
 FAULTS = [  # p, --corrupt, sigma, further seeds
-    (0.9, "gauss", 0.2, 1), (0.3, "gauss", 0.2, 0), (0.3, "outliers", 0, 1), (0.3, "class", 0, 0),
-    (0.9, "salt-pepper", 0.05, 0), (0.3, "patch", 0.4, 0), (0.3, "blur", 1, 0),
+    (0.9, "gauss", 0.2, 1),
+    (0.3, "gauss", 0.2, 0),
+    (0.3, "outliers", 0, 1),
+    (0.3, "class", 0, 0),
+    (0.9, "salt-pepper", 0.05, 0),
+    (0.3, "patch", 0.4, 0),
+    (0.3, "blur", 1, 0),
 ]
 OFF = (0.8, 1.2)  # the estimated sigma times this, in Ambient training on the first fault
 
 
 def name_of(method, p, kind, sigma, k=0):
     """The folder of one training; k = 0 is the first seed."""
-    return f"{method}-{p}" + f"-{kind}" * (kind != "gauss") + f"-{sigma}" * (sigma > 0) + f"-seed{k}" * (k > 0)
+    return (
+        f"{method}-{p}"
+        + f"-{kind}" * (kind != "gauss")
+        + f"-{sigma}" * (sigma > 0)
+        + f"-seed{k}" * (k > 0)
+    )
 
 
 def clean_name(k):
@@ -55,12 +71,29 @@ def commands(args):
     for k in range(1 + max(more for *_, more in FAULTS)):
         todo += cell(args, clean_name(k), METHODS["none"], CLEAN, args.seed + k, ["ddpm"])
         for p, kind, sigma, more in FAULTS:
-            corruption = f"--p {p}" + f" --sigma {sigma}" * (sigma > 0) + f" --corrupt {kind}" * (kind != "gauss")
+            corruption = (
+                f"--p {p}"
+                + f" --sigma {sigma}" * (sigma > 0)
+                + f" --corrupt {kind}" * (kind != "gauss")
+            )
             for method, flags in METHODS.items() if k <= more else ():
-                todo += cell(args, name_of(method, p, kind, sigma, k), flags, corruption, args.seed + k, ["ddpm"])
+                todo += cell(
+                    args,
+                    name_of(method, p, kind, sigma, k),
+                    flags,
+                    corruption,
+                    args.seed + k,
+                    ["ddpm"],
+                )
     for x in OFF:
-        todo += cell(args, name_of(f"ambient-x{x}", *FAULTS[0][:3]), f"--robust ambient --sigma-scale {x}", NOISY, args.seed,
-                     ["ddpm"])
+        todo += cell(
+            args,
+            name_of(f"ambient-x{x}", *FAULTS[0][:3]),
+            f"--robust ambient --sigma-scale {x}",
+            NOISY,
+            args.seed,
+            ["ddpm"],
+        )
     return todo
 
 
@@ -84,16 +117,22 @@ def sampled(name, args):
 def judge(images, args):
     """{(fault, k): shares judged faulty of clean images, faulty images, samples of DDPM on clean images, of each method}."""
     device, shares = setup(args.device)[0], {}
-    network, *_ = features_network(None if args.inception_weights else f"{args.work}/classifier/classifier.pt",
-                                   args.inception_weights)
+    network, *_ = features_network(
+        None if args.inception_weights else f"{args.work}/classifier/classifier.pt",
+        args.inception_weights,
+    )
 
     def features(x):  # uint8 (n, S, S, 3) -> (n, d)
         return metrics.extract(network, x, device=device)[0].astype(np.float64)
 
     index = some_of(len(images), 8000)
-    index = index[np.unique(index % FOREIGN, return_index=True)[1]]  # --corrupt class repeats its images
+    index = index[
+        np.unique(index % FOREIGN, return_index=True)[1]
+    ]  # --corrupt class repeats its images
     clean = features(np.array(images[index]))
-    baseline = [features(sampled(clean_name(k), args)) for k in range(1 + max(more for *_, more in FAULTS))]
+    baseline = [
+        features(sampled(clean_name(k), args)) for k in range(1 + max(more for *_, more in FAULTS))
+    ]
     for fault in FAULTS:
         p, kind, sigma, more = fault
         data = CorruptedImages(images, None, 1.0, sigma, args.seed, corrupt=kind)
@@ -110,32 +149,55 @@ def title_of(p, kind, sigma, *_):
 
 def table(records, shares, distance, first_seed):
     """-> lines of markdown, one per fault and seed."""
+
     def numbers(name, *share):
         r = records[name]
-        return " / ".join([f"{r[distance]:.2f}", f"{r['noise_level']:.3f}", *(f"{v:.2f}" for v in share)])
+        return " / ".join(
+            [f"{r[distance]:.2f}", f"{r['noise_level']:.3f}", *(f"{v:.2f}" for v in share)]
+        )
 
-    lines = [f"{distance} / noise left / share of the samples judged faulty; {records[clean_name(0)]['n']} samples of "
-             f"{records[clean_name(0)]['steps']}-step DDPM.", "",
-             f"| fault | seed | judged faulty: clean images, faulty images | DDPM on clean images | {' | '.join(METHODS)} |",
-             "|---" * (4 + len(METHODS)) + "|"]
+    lines = [
+        f"{distance} / noise left / share of the samples judged faulty; {records[clean_name(0)]['n']} samples of "
+        f"{records[clean_name(0)]['steps']}-step DDPM.",
+        "",
+        f"| fault | seed | judged faulty: clean images, faulty images | DDPM on clean images | {' | '.join(METHODS)} |",
+        "|---" * (4 + len(METHODS)) + "|",
+    ]
     for (fault, k), (clean, faulty, base, *each) in shares.items():
         cells = [numbers(name_of(m, *fault[:3], k), share) for m, share in zip(METHODS, each)]
-        lines.append(f"| {title_of(*fault)} | {first_seed + k} | {clean:.2f}, {faulty:.2f} | "
-                     f"{numbers(clean_name(k), base)} | {' | '.join(cells)} |")
+        lines.append(
+            f"| {title_of(*fault)} | {first_seed + k} | {clean:.2f}, {faulty:.2f} | "
+            f"{numbers(clean_name(k), base)} | {' | '.join(cells)} |"
+        )
     first = FAULTS[0][:3]
     off = {1.0: name_of("ambient", *first)} | {x: name_of(f"ambient-x{x}", *first) for x in OFF}
-    return lines + ["", f"ambient, {title_of(*FAULTS[0])}, with the estimates times " +
-                    ", ".join(f"{x}: {numbers(off[x])}" for x in sorted(off)) + "."]
+    return lines + [
+        "",
+        f"ambient, {title_of(*FAULTS[0])}, with the estimates times "
+        + ", ".join(f"{x}: {numbers(off[x])}" for x in sorted(off))
+        + ".",
+    ]
 
 
 def plot(records, shares, distance, path):
     """Above the distances, below the shares judged faulty: a panel per fault, a point per method and seed."""
-    fig, axes = plt.subplots(2, len(FAULTS), figsize=(13, 5), layout="constrained", sharex=True, squeeze=False)
+    fig, axes = plt.subplots(
+        2, len(FAULTS), figsize=(13, 5), layout="constrained", sharex=True, squeeze=False
+    )
     for (fault, k), (_, _, base, *each) in shares.items():
         names = [name_of(m, *fault[:3], k) for m in METHODS]
-        for ax, values, clean in zip(axes[:, FAULTS.index(fault)], ([records[name][distance] for name in names], each),
-                                     (records[clean_name(k)][distance], base)):
-            ax.scatter(range(len(names)), values, s=45, c=metrics.COLOURS[: len(names)], marker="os^v"[k % 4])
+        for ax, values, clean in zip(
+            axes[:, FAULTS.index(fault)],
+            ([records[name][distance] for name in names], each),
+            (records[clean_name(k)][distance], base),
+        ):
+            ax.scatter(
+                range(len(names)),
+                values,
+                s=45,
+                c=metrics.COLOURS[: len(names)],
+                marker="os^v"[k % 4],
+            )
             ax.axhline(clean, color="grey", ls=["--", ":"][k % 2], lw=1)
             ax.set_xticks(range(len(METHODS)), METHODS, rotation=60)
             ax.grid(alpha=0.3)
@@ -144,18 +206,26 @@ def plot(records, shares, distance, path):
         below.set_ylim(-0.03, 1.03)
     axes[0, 0].set_ylabel(distance.replace(" in ", "\nin "))
     axes[1, 0].set_ylabel("share judged faulty")
-    fig.suptitle("A point per seed (circle, square); lines: DDPM trained on clean images with that seed", fontsize=10)
+    fig.suptitle(
+        "A point per seed (circle, square); lines: DDPM trained on clean images with that seed",
+        fontsize=10,
+    )
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
 
 def plot_samples(images, args, path):
     """The first images as trained on, and the first samples of each method, for each fault and the first seed."""
-    fig, axes = plt.subplots(1 + len(METHODS), len(FAULTS), figsize=(13, 10.6), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(
+        1 + len(METHODS), len(FAULTS), figsize=(13, 10.6), layout="constrained", squeeze=False
+    )
     index = some_of(len(images), 12)
     for column, (p, kind, sigma, more) in zip(axes.T, FAULTS):
         rows = [CorruptedImages(images, None, p, sigma, args.seed, corrupt=kind).batch(index)]
-        rows += [to_float(torch.from_numpy(sampled(name_of(m, p, kind, sigma), args)[:12])) for m in METHODS]
+        rows += [
+            to_float(torch.from_numpy(sampled(name_of(m, p, kind, sigma), args)[:12]))
+            for m in METHODS
+        ]
         for ax, x in zip(column, rows):
             ax.imshow(pictures(x, nrow=4))
             ax.set(xticks=[], yticks=[])
@@ -167,7 +237,9 @@ def plot_samples(images, args, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser, SIZES)
     parser.add_argument("--out", help="default WORK/rivals")
     args = parser.parse_args()
@@ -177,14 +249,18 @@ def main():
     if not run_all(todo, args):
         return
     records, out = read_records(todo, args), Path(args.out)
-    images, _ = load_images(args.data, int((SIZES[args.size]["image"].split() or [0, 32])[-1]), root=args.data_root)
+    images, _ = load_images(
+        args.data, int((SIZES[args.size]["image"].split() or [0, 32])[-1]), root=args.data_root
+    )
     shares = judge(images, args)
     distance = next(key for key in records[clean_name(0)] if key.startswith(("FID", "Fréchet")))
     lines = table(records, shares, distance, args.seed)
     (out / "table.md").write_text("\n".join(lines) + "\n")
     plot(records, shares, distance, out / "rivals.png")
     plot_samples(images, args, out / "samples.png")
-    metrics.write_metrics(out, started, seed=args.seed, device=setup(args.device)[0], n=len(records), table=lines)
+    metrics.write_metrics(
+        out, started, seed=args.seed, device=setup(args.device)[0], n=len(records), table=lines
+    )
     print("\n".join(lines))
 
 

@@ -101,7 +101,9 @@ class Log:
             name = os.path.basename(sys.argv[0])
             sys.exit(f"{name}: the loss or gradient of step {first_bad} is not finite; {advice}")
         line = dict(step=step, **dict(zip(names, values.mean(0).tolist())))
-        line["img_per_s"] = len(self.pending) * self.batch_size / max(time.time() - self.start, 1e-9)
+        line["img_per_s"] = (
+            len(self.pending) * self.batch_size / max(time.time() - self.start, 1e-9)
+        )
         line["memory_gb"] = memory(self.device)
         line |= more
         self.pending.clear()

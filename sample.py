@@ -57,7 +57,11 @@ def ddim_step(x_t, eps, z, abar, abar_prev, eta=0.0, clip=True):
     """DDIM, Eq. 12 of Song et al. (2021); eta = 0 is deterministic. eps is not re-derived from the clipped x^_0."""
     std = eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
     x0 = clipped(predict_x0(x_t, eps, abar), clip)
-    return like(abar_prev.sqrt(), x_t) * x0 + like((1 - abar_prev - std**2).sqrt(), x_t) * eps + like(std, x_t) * z
+    return (
+        like(abar_prev.sqrt(), x_t) * x0
+        + like((1 - abar_prev - std**2).sqrt(), x_t) * eps
+        + like(std, x_t) * z
+    )
 
 
 def ddpm_timesteps(T, steps=None, spacing="respaced"):
@@ -72,7 +76,11 @@ def ddpm_timesteps(T, steps=None, spacing="respaced"):
         raise ValueError(f"--steps {steps}: must lie in 1..{T}")
     if spacing not in ("respaced", "naive", "truncated"):
         raise ValueError(f"--spacing {spacing}: need respaced, naive or truncated")
-    ts = np.linspace(T - 1, 0, steps).round().astype(int).tolist() if spacing != "truncated" else list(range(steps))[::-1]
+    ts = (
+        np.linspace(T - 1, 0, steps).round().astype(int).tolist()
+        if spacing != "truncated"
+        else list(range(steps))[::-1]
+    )
     after = ts[1:] if spacing == "respaced" else [t - 1 for t in ts[:-1]]
     return list(zip(ts, after + [-1]))
 
@@ -107,8 +115,18 @@ def _run(model, schedule, x_T, pairs, step, noise, on_step, compiled=False):
 
 
 @torch.no_grad()
-def ddpm_sample(model, schedule, x_T, steps=None, spacing="respaced", clip=True, variance="fixed-large", noise=None,
-                on_step=None, compiled=False):
+def ddpm_sample(
+    model,
+    schedule,
+    x_T,
+    steps=None,
+    spacing="respaced",
+    clip=True,
+    variance="fixed-large",
+    noise=None,
+    on_step=None,
+    compiled=False,
+):
     """Ancestral sampling (Eq. 5). steps: None for all T; spacing: see ddpm_timesteps; variance: see ddpm_step.
 
     clip: x^_0 to [-1, 1] (images), to [-clip, clip] for a number, False: not at all. noise(i): the z of step i, by default
@@ -117,15 +135,28 @@ def ddpm_sample(model, schedule, x_T, steps=None, spacing="respaced", clip=True,
     network, noise(i) with a tensor i included, is one compiled graph (worth it on a GPU).
     """
     step = functools.partial(ddpm_step, clip=clip, variance=variance)
-    return _run(model, schedule, x_T, ddpm_timesteps(schedule.T, steps, spacing), step, noise, on_step, compiled)
+    return _run(
+        model,
+        schedule,
+        x_T,
+        ddpm_timesteps(schedule.T, steps, spacing),
+        step,
+        noise,
+        on_step,
+        compiled,
+    )
 
 
 @torch.no_grad()
-def ddim_sample(model, schedule, x_T, steps=100, eta=0.0, clip=True, noise=None, on_step=None, compiled=False):
+def ddim_sample(
+    model, schedule, x_T, steps=100, eta=0.0, clip=True, noise=None, on_step=None, compiled=False
+):
     """DDIM (Song et al., 2021); eta = 0 uses no noise. The other arguments as in ddpm_sample."""
     step = functools.partial(ddim_step, eta=eta, clip=clip)
     zero = (lambda i: 0.0) if eta == 0 else noise
-    return _run(model, schedule, x_T, ddim_timesteps(schedule.T, steps), step, zero, on_step, compiled)
+    return _run(
+        model, schedule, x_T, ddim_timesteps(schedule.T, steps), step, zero, on_step, compiled
+    )
 
 
 def heun_timesteps(schedule, steps=18, t_start=None, rho=7.0):
@@ -133,16 +164,31 @@ def heun_timesteps(schedule, steps=18, t_start=None, rho=7.0):
     sigmas = np.array(schedule.sigmas)
     t_start = schedule.T - 1 if t_start is None else t_start
     if steps < 1 or not 0 <= t_start < schedule.T:
-        raise ValueError(f"heun: need --steps >= 1 (got {steps}) and t_start in 0..{schedule.T - 1} (got {t_start})")
+        raise ValueError(
+            f"heun: need --steps >= 1 (got {steps}) and t_start in 0..{schedule.T - 1} (got {t_start})"
+        )
     u = np.linspace(0, 1, steps)
-    levels = (sigmas[t_start] ** (1 / rho) + u * (sigmas[0] ** (1 / rho) - sigmas[t_start] ** (1 / rho))) ** rho
+    levels = (
+        sigmas[t_start] ** (1 / rho) + u * (sigmas[0] ** (1 / rho) - sigmas[t_start] ** (1 / rho))
+    ) ** rho
     ts = [int(np.abs(sigmas - s).argmin()) for s in levels]
     return sorted(set(ts), reverse=True)  # the rounding may merge the smallest levels
 
 
 @torch.no_grad()
-def heun_sample(model, schedule, x_T, steps=18, S_churn=0.0, S_min=0.0, S_max=float("inf"), S_noise=1.0, clip=True,
-                t_start=None, noise=None):
+def heun_sample(
+    model,
+    schedule,
+    x_T,
+    steps=18,
+    S_churn=0.0,
+    S_min=0.0,
+    S_max=float("inf"),
+    S_noise=1.0,
+    clip=True,
+    t_start=None,
+    noise=None,
+):
     """EDM's Algorithm 2 (Karras et al., 2022) on an eps-network: 2 steps - 1 network calls.
 
     VP -> EDM: x / sqrt(abar) at sigma = sqrt((1 - abar) / abar). x_T is a VP sample at t_start (default T - 1).
@@ -152,7 +198,9 @@ def heun_sample(model, schedule, x_T, steps=18, S_churn=0.0, S_min=0.0, S_max=fl
     ts = heun_timesteps(schedule, steps, t_start)
 
     def slope(x, t):  # dx/dsigma = (x - D(x; sigma)) / sigma, with D = x - sigma eps
-        eps = model(x * abars[t].sqrt().to(x.dtype), torch.full((len(x),), t, device=x.device)).to(x.dtype)
+        eps = model(x * abars[t].sqrt().to(x.dtype), torch.full((len(x),), t, device=x.device)).to(
+            x.dtype
+        )
         if not clip:
             return eps.clone()  # a CUDA graph writes its next output over this one
         return (x - clipped(x - table[t] * eps, clip)) / table[t]
@@ -186,7 +234,9 @@ def setup(device):
     device = torch.device(device)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device.index is not None and world > 1:
-        raise ValueError(f"--device {device}: under torchrun each process takes its own GPU; write --device cuda")
+        raise ValueError(
+            f"--device {device}: under torchrun each process takes its own GPU; write --device cuda"
+        )
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"--device {device}: no CUDA GPU here; use --device cpu")
@@ -197,8 +247,13 @@ def setup(device):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
-    if world > 1 and not dist.is_initialized():  # one process may decode a large set while the others wait
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
+    if (
+        world > 1 and not dist.is_initialized()
+    ):  # one process may decode a large set while the others wait
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(hours=12),
+        )
     return device, rank, world
 
 
@@ -207,7 +262,13 @@ def precision(device, amp):
     if amp == "fp16" and device.type == "cpu":
         raise ValueError("--amp fp16: needs a GPU; use bf16 or fp32")
     if amp == "auto":
-        amp = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        amp = (
+            "fp32"
+            if device.type == "cpu"
+            else "bf16"
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else "fp16"
+        )
     return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[amp]
 
 
@@ -246,7 +307,9 @@ def save_grid(x, path):
 def save_sample(images, out, png):
     """OUT/samples.npz, grid.png and, if png, images/*.png of images (n, S, S, 3) uint8 -> x (n, 3, S, S) in [-1, 1]."""
     (out / "images").mkdir(parents=True, exist_ok=True)
-    for old in (out / "images").glob("[0-9]" * 6 + ".png"):  # of an earlier sample, perhaps a larger one
+    for old in (out / "images").glob(
+        "[0-9]" * 6 + ".png"
+    ):  # of an earlier sample, perhaps a larger one
         old.unlink()
     for i in range(len(images) if png else 0):
         Image.fromarray(images[i]).save(out / "images" / f"{i:06d}.png", compress_level=1)
@@ -264,16 +327,26 @@ def features_network(features, inception_weights):
     """The network for the Fréchet distance, its name and its cache key: Inception, or a checkpoint of classifier.py."""
     if features is None:
         network = metrics.Inception(inception_weights)  # raises first for a missing file
-        return network, "FID", f"inception-{metrics.file_key(inception_weights) if inception_weights else 'download'}"
+        return (
+            network,
+            "FID",
+            f"inception-{metrics.file_key(inception_weights) if inception_weights else 'download'}",
+        )
     from classifier import load_features
 
-    return load_features(features), f"Fréchet distance in {Path(features).name} features", metrics.file_key(features)
+    return (
+        load_features(features),
+        f"Fréchet distance in {Path(features).name} features",
+        metrics.file_key(features),
+    )
 
 
 def reference_name(args, trained):
     """The set whose clean images --fid compares with."""
     if not (args.data or trained.get("data")):
-        raise ValueError("--fid: a checkpoint of diffusers does not say what it was trained on; give --data NAME")
+        raise ValueError(
+            "--fid: a checkpoint of diffusers does not say what it was trained on; give --data NAME"
+        )
     return args.data or trained["data"]
 
 
@@ -281,24 +354,39 @@ def evaluate(images, args, scorer, data, device):
     """Fréchet distance and Inception Score of uint8 images (n, S, S, 3) against the clean training images of `data`."""
     reference, _ = load_images(data, images.shape[1], root=args.data_root)
     network, name, key = scorer
-    mu, cov = metrics.reference_moments(network, key, reference, Path(args.data_root) / "cache", args.batch_size, device)
+    mu, cov = metrics.reference_moments(
+        network, key, reference, Path(args.data_root) / "cache", args.batch_size, device
+    )
     features, logits = metrics.extract(network, images, args.batch_size, device)
     if not np.isfinite(features).all():
         raise ValueError(f"{name}: the samples' features hold NaN; did training diverge?")
     score, spread = metrics.inception_score(logits)
-    few = reference[:: -(-len(reference) // 10_000)]  # at most 10,000: the balls are compared in pairs
+    few = reference[
+        :: -(-len(reference) // 10_000)
+    ]  # at most 10,000: the balls are compared in pairs
     real, _ = metrics.extract(network, few, args.batch_size, device)
     varied = metrics.diversity(real, features) if len(images) > 5 and len(few) > 5 else {}
     of_data = metrics.image_statistics(to_float(torch.from_numpy(np.array(few))))
-    return {name: metrics.frechet_distance(*metrics.moments(features), mu, cov), "IS": score, "IS_std": spread, **varied,
-            "n_reference": len(reference), **{f"data_{k}": v for k, v in of_data.items()}}
+    return {
+        name: metrics.frechet_distance(*metrics.moments(features), mu, cov),
+        "IS": score,
+        "IS_std": spread,
+        **varied,
+        "n_reference": len(reference),
+        **{f"data_{k}": v for k, v in of_data.items()},
+    }
 
 
 def add_arguments(parser):
     """The flags that every script which samples shares."""
     add = parser.add_argument
     add("--sampler", choices=["ddpm", "ddim", "heun"], default="ddpm")
-    add("--variance", choices=["fixed-large", "fixed-small"], default="fixed-large", help="ddpm: s_t^2 of Eq. 5")
+    add(
+        "--variance",
+        choices=["fixed-large", "fixed-small"],
+        default="fixed-large",
+        help="ddpm: s_t^2 of Eq. 5",
+    )
     add("--eta", type=float, default=0.0, help="ddim: 0 is deterministic")
     add("--s-churn", type=float, default=0.0, help="heun: S_churn, noise added along the way")
     add("--no-clip", action="store_true", help="do not clip x^_0 to [-1, 1]")
@@ -309,10 +397,18 @@ def add_arguments(parser):
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
-    add("--data", metavar="NAME", help="reference set of --fid; default: what the checkpoint was trained on")
+    add(
+        "--data",
+        metavar="NAME",
+        help="reference set of --fid; default: what the checkpoint was trained on",
+    )
     add("--data-root", default="data")
     add("--features", metavar="CHECKPOINT", help="Fréchet distance in its features instead of FID")
-    add("--inception-weights", metavar="PATH", help="pt_inception-2015-12-05-6726825d.pth, a local copy")
+    add(
+        "--inception-weights",
+        metavar="PATH",
+        help="pt_inception-2015-12-05-6726825d.pth, a local copy",
+    )
 
 
 def sampler_options(args, steps, spacing):
@@ -346,7 +442,9 @@ def load_model(path, args, device):
     dtype = precision(torch.device(device), args.amp)
     net = net.to(device, memory_format=layout(device, args.amp)).eval().cast(dtype)
     if args.compile or (args.compile is None and device.type == "cuda"):
-        net = torch.compile(net, mode="reduce-overhead" if device.type == "cuda" else None)  # CUDA graphs
+        net = torch.compile(
+            net, mode="reduce-overhead" if device.type == "cuda" else None
+        )  # CUDA graphs
     return net, args.image_size or size, trained
 
 
@@ -370,9 +468,14 @@ def sample_uint8(model, size, n, args, options, device, rank, world):
     schedule, mine = NoiseSchedule().to(device), list(range(n))[rank::world]
     images = np.zeros((n, size, size, 3), np.uint8)
     label = f"{args.sampler} {options['steps'] or schedule.T} steps"
-    with autocast(device, args.amp), tqdm(total=len(mine), desc=label, unit="img", disable=rank > 0) as bar:
+    with (
+        autocast(device, args.amp),
+        tqdm(total=len(mine), desc=label, unit="img", disable=rank > 0) as bar,
+    ):
         for index, count in batches(mine, args.batch_size, is_compiled(model)):
-            x0 = generate(model, schedule, index, (3, size, size), args.seed, device, args.sampler, **options)[:count]
+            x0 = generate(
+                model, schedule, index, (3, size, size), args.seed, device, args.sampler, **options
+            )[:count]
             if not x0.isfinite().all():
                 raise ValueError("the samples hold NaN or infinity; did training diverge?")
             images[index[:count]] = metrics.to_uint8(x0).permute(0, 2, 3, 1).cpu().numpy()
@@ -394,18 +497,27 @@ def sample_and_score(runs, args):
     """
     if args.n < 1 or args.batch_size < 1:
         raise ValueError(f"--n {args.n} --batch-size {args.batch_size}: both must be at least 1")
-    options = {out: sampler_options(args, steps, spacing) for out, (_, steps, spacing) in runs.items()}
+    options = {
+        out: sampler_options(args, steps, spacing) for out, (_, steps, spacing) in runs.items()
+    }
     device, rank, world = setup(args.device)
-    models = {path: load_model(path, args, device) for path in {path: None for path, _, _ in runs.values()}}
+    models = {
+        path: load_model(path, args, device)
+        for path in {path: None for path, _, _ in runs.values()}
+    }
     Path(args.out).mkdir(parents=True, exist_ok=True)
     scorer, results = None, {}
-    if (args.fid or args.data) and rank == 0:  # before the sampling, so that a missing set or network costs no work
+    if (
+        args.fid or args.data
+    ) and rank == 0:  # before the sampling, so that a missing set or network costs no work
         for _, size, trained in models.values():
             load_images(reference_name(args, trained), size, root=args.data_root)
     if args.fid and rank == 0:
         scorer = features_network(args.features, args.inception_weights)
         if args.n < 10_000:
-            print(f"note: n = {args.n}; distances and IS from fewer than 10,000 images do not compare with published ones")
+            print(
+                f"note: n = {args.n}; distances and IS from fewer than 10,000 images do not compare with published ones"
+            )
     for out, (path, _, _) in runs.items():
         started, (model, size, trained) = time.time(), models[path]
         images = sample_uint8(model, size, args.n, args, options[out], device, rank, world)
@@ -414,9 +526,22 @@ def sample_and_score(runs, args):
             data = reference_name(args, trained) if args.fid else None
             numbers = metrics.image_statistics(x)
             numbers |= evaluate(images, args, scorer, data, device) if data else {}
-            metrics.write_metrics(out, started, seed=args.seed, device=device, n=args.n, ckpt=path, sampler=args.sampler,
-                                  **options[out], **(dict(reference=data) if data else {}), **numbers)
-            print(f"{args.n} images -> {out}/grid.png, " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+            metrics.write_metrics(
+                out,
+                started,
+                seed=args.seed,
+                device=device,
+                n=args.n,
+                ckpt=path,
+                sampler=args.sampler,
+                **options[out],
+                **(dict(reference=data) if data else {}),
+                **numbers,
+            )
+            print(
+                f"{args.n} images -> {out}/grid.png, "
+                + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items())
+            )
             results[out] = x[:64].clone(), numbers, trained
     if world > 1:  # the others wait for the first process, which scores
         dist.barrier()
@@ -425,19 +550,29 @@ def sample_and_score(runs, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--ckpt", required=True, help="a checkpoint of train.py or its folder, or one of diffusers")
-    add("--n", type=int, default=10_000, help="number of images; FID below 10,000 is biased upwards")
+    add(
+        "--n", type=int, default=10_000, help="number of images; FID below 10,000 is biased upwards"
+    )
     add("--steps", type=int, help="default: ddpm 1000, ddim 100, heun 18 (noise levels)")
-    add("--spacing", default="respaced", help="ddpm: the rule for fewer steps, respaced | naive | truncated")
+    add(
+        "--spacing",
+        default="respaced",
+        help="ddpm: the rule for fewer steps, respaced | naive | truncated",
+    )
     add("--out", default="samples")
     add("--fid", action="store_true", help="FID and IS against the clean images of --data")
     add("--png", action=argparse.BooleanOptionalAction, default=True, help="write the PNG folder")
     add_arguments(parser)
     args, rest = parser.parse_known_args()
     if rest:
-        raise ValueError(f"{' '.join(rest)}: not understood; for several --ckpt, --steps or --spacing use compare.py")
+        raise ValueError(
+            f"{' '.join(rest)}: not understood; for several --ckpt, --steps or --spacing use compare.py"
+        )
     sample_and_score({args.out: (args.ckpt, args.steps, args.spacing)}, args)
 
 

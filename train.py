@@ -51,8 +51,23 @@ def ddpm(model, schedule, args, x0, t, eps, **_):
 def regularised(perturb, constraint):
     def objective(model, schedule, args, x0, t, eps, beta, u, **_):
         return robust_loss(  # Eq. 10
-            model, schedule, x0, t, eps, perturb, constraint, args.lam, args.omega, args.gamma,
-            args.ray_units, args.objective, args.detach, beta, u, args.reg_share)
+            model,
+            schedule,
+            x0,
+            t,
+            eps,
+            perturb,
+            constraint,
+            args.lam,
+            args.omega,
+            args.gamma,
+            args.ray_units,
+            args.objective,
+            args.detach,
+            beta,
+            u,
+            args.reg_share,
+        )
 
     return objective
 
@@ -69,7 +84,8 @@ def huber(model, schedule, args, x0, t, eps, **_):
 
 def addt(model, schedule, args, x0, t, eps, y=None, classifier=None, **_):
     return addt_loss(  # P2 Algorithm 1
-        model, schedule, classifier, x0, y, t, eps, args.addt_guide, args.addt_perturb)
+        model, schedule, classifier, x0, y, t, eps, args.addt_guide, args.addt_perturb
+    )
 
 
 REGULARISER = "lam omega gamma ray_units objective detach reg_last reg_share reg_lr".split()
@@ -99,7 +115,8 @@ FREE = """out resume overwrite init iters accum device compile save_every sample
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     share, positive = between(0, 1), between(0, above=True)
     count, steps = between(1, kind=int), between(0, kind=int)
@@ -110,29 +127,61 @@ def parse_args(argv=None):
     add("--sigma", type=between(0), default=0.0, help="std of their noise on the [-1, 1] scale")
     add("--corrupt", choices=CORRUPTIONS, default="gauss", help=kinds)
     add("--drop-noisy", action="store_true", help="leave out images judged noisy (a rival, ours)")
-    add("--noisy-above", type=between(0), default=0.08, metavar="STD",
-        help="ambient, --drop-noisy: an image is judged noisy where its estimated noise exceeds STD")
+    add(
+        "--noisy-above",
+        type=between(0),
+        default=0.08,
+        metavar="STD",
+        help="ambient, --drop-noisy: an image is judged noisy where its estimated noise exceeds STD",
+    )
     add("--sigma-scale", type=positive, default=1.0, metavar="X", help="ambient: estimates times X")
     add("--huber-c", type=positive, default=0.1, help="huber: c_t = c^(t/T)")
     add("--lam", type=between(0), default=0.3, help="lambda, strength of the regulariser (Eq. 10)")
     add("--omega", type=between(1), default=2.0, help="omega, exponent of the ray (Eq. 7)")
     add("--gamma", type=between(0), default=8 / 255, help="gamma, floor of the ray (Eq. 7)")
-    add("--ray-units", choices=["pixel", "eps"], default="pixel",
-        help="units of the ray in lambda_t; pixel is ours")
-    add("--objective", choices=["eq8", "ldm", "reg"], default="eq8",
-        help="what delta_adv maximises; reg is ours")
+    add(
+        "--ray-units",
+        choices=["pixel", "eps"],
+        default="pixel",
+        help="units of the ray in lambda_t; pixel is ours",
+    )
+    add(
+        "--objective",
+        choices=["eq8", "ldm", "reg"],
+        default="eq8",
+        help="what delta_adv maximises; reg is ours",
+    )
     add("--detach", action="store_true", help="no gradient through eps(x_t) in L_reg (ours)")
-    add("--reg-last", type=between(0, 1, above=True), default=0.1, metavar="F",
-        help="the regulariser acts in the last share F of the steps; 1: always, as P1 prints it")
-    add("--reg-share", type=between(0, 1, above=True), default=0.25, metavar="Q",
-        help="the regulariser acts on the first Q of the rows of a batch; 1: on all, as P1 (ours)")
-    add("--reg-lr", type=between(0, 1, above=True), default=0.5, metavar="X",
-        help="times --lr where the regulariser acts after plain DDPM (ours)")
+    add(
+        "--reg-last",
+        type=between(0, 1, above=True),
+        default=0.1,
+        metavar="F",
+        help="the regulariser acts in the last share F of the steps; 1: always, as P1 prints it",
+    )
+    add(
+        "--reg-share",
+        type=between(0, 1, above=True),
+        default=0.25,
+        metavar="Q",
+        help="the regulariser acts on the first Q of the rows of a batch; 1: on all, as P1 (ours)",
+    )
+    add(
+        "--reg-lr",
+        type=between(0, 1, above=True),
+        default=0.5,
+        metavar="X",
+        help="times --lr where the regulariser acts after plain DDPM (ours)",
+    )
     add("--data", default="synthetic", metavar="NAME", help=NAMES)
     add("--data-root", default="data", help="downloads and decoded caches")
     add("--image-size", type=int, metavar="S", help="resize to S x S; default: the set's own size")
-    add("--model", choices=PRESETS, default="ddpm",
-        help="ddpm: 35.7 M parameters for 32x32; ddpm64; tiny, mini: for a CPU")
+    add(
+        "--model",
+        choices=PRESETS,
+        default="ddpm",
+        help="ddpm: 35.7 M parameters for 32x32; ddpm64; tiny, mini: for a CPU",
+    )
     add("--out", default="out")
     add("--iters", type=count, help="default ddpm 800000, ddpm64 500000, tiny, mini 1200")
     add("--batch-size", type=count, help="over all processes; default ddpm 128, tiny, mini 64")
@@ -142,33 +191,56 @@ def parse_args(argv=None):
     add("--optimizer", choices=["adam", "adamw"], default="adam")
     add("--clip-grad", type=between(0), default=1.0, help="0: no clipping")
     add("--dropout", type=share, help="default ddpm 0.1, tiny, mini 0")
-    add("--ema", type=between(0, 1, below=True), default=0.9999,
-        help="EMA decay, ramped up as (1 + step) / (10 + step) (ours)")
+    add(
+        "--ema",
+        type=between(0, 1, below=True),
+        default=0.9999,
+        help="EMA decay, ramped up as (1 + step) / (10 + step) (ours)",
+    )
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="random mirror images")
     add("--seed", type=between(0, 2**63 - 1, kind=int), default=0)
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
-    add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
-        help="auto: bf16 on a GPU, fp32 on a CPU")
+    add(
+        "--amp",
+        choices=["auto", "bf16", "fp16", "fp32"],
+        default="auto",
+        help="auto: bf16 on a GPU, fp32 on a CPU",
+    )
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     add("--save-every", type=count, metavar="K", help="default 5000, at most iters / 10")
-    add("--sample-every", type=steps, metavar="K", help="grids; default iters / 4; 0: the last only")
+    add(
+        "--sample-every", type=steps, metavar="K", help="grids; default iters / 4; 0: the last only"
+    )
     add("--log-every", type=count, metavar="K", help="default 50 (10 for tiny, mini)")
     add("--resume", action="store_true", help="continue OUT/ckpt.pt; --iters may grow")
     add("--overwrite", action="store_true", help="start again although OUT holds a checkpoint")
     add("--init", metavar="PATH", help="start from a checkpoint's EMA weights or diffusers folder")
     add("--classifier", metavar="PATH", help="addt: a checkpoint of classifier.py")
-    add("--addt-guide", choices=["classifier", "mse", "none"], default="classifier",
-        help="addt: what its delta raises")
-    add("--addt-perturb", choices=["rbgm", "linf"], default="rbgm",
-        help="addt: rank-based Gaussian, or P2's ablation")
+    add(
+        "--addt-guide",
+        choices=["classifier", "mse", "none"],
+        default="classifier",
+        help="addt: what its delta raises",
+    )
+    add(
+        "--addt-perturb",
+        choices=["rbgm", "linf"],
+        default="rbgm",
+        help="addt: rank-based Gaussian, or P2's ablation",
+    )
     args = parser.parse_args(argv)
     args.given = given_flags(parser, argv)
     fill(args, RECIPES[args.model])
     tenth = args.iters // 10
-    fill(args, dict(
-        warmup=min(5000, tenth), save_every=min(5000, max(1, tenth)),
-        sample_every=max(1, args.iters // 4),
-        log_every=10 if args.model in ("tiny", "mini") else 50))
+    fill(
+        args,
+        dict(
+            warmup=min(5000, tenth),
+            save_every=min(5000, max(1, tenth)),
+            sample_every=max(1, args.iters // 4),
+            log_every=10 if args.model in ("tiny", "mini") else 50,
+        ),
+    )
     return args
 
 
@@ -200,8 +272,10 @@ def check(args, world):
             raise ValueError(f"--p {args.p} {level}: corruption takes both, a share and a level")
     check_objective(args)
     if args.batch_size % (world * args.accum):
-        raise ValueError(f"--batch-size {args.batch_size}: must divide by {world} processes "
-                         f"x --accum {args.accum}")
+        raise ValueError(
+            f"--batch-size {args.batch_size}: must divide by {world} processes "
+            f"x --accum {args.accum}"
+        )
     if args.resume and (args.init or args.overwrite):
         raise ValueError(f"--resume with --{'init' if args.init else 'overwrite'}: choose one")
 
@@ -212,16 +286,20 @@ def check_objective(args):
     for name in sorted(args.given):
         users = [method for method, (_, flags, _) in OBJECTIVES.items() if name in flags]
         if users and name not in mine:
-            raise ValueError(f"{flag(name)}: has no effect with --robust {args.robust}, only with "
-                             f"{', '.join(users)}")
+            raise ValueError(
+                f"{flag(name)}: has no effect with --robust {args.robust}, only with "
+                f"{', '.join(users)}"
+            )
     if args.drop_noisy and args.robust == "ambient":
         raise ValueError("--drop-noisy: leaves --robust ambient nothing to do; choose one of them")
     if args.robust == "addt":
         if not (args.init or args.resume):
             raise ValueError("--robust addt: fine-tunes a trained model; give --init PATH")
         if args.addt_guide == "classifier" and not args.classifier:
-            raise ValueError("--addt-guide classifier: needs --classifier PATH, a checkpoint of "
-                             "classifier.py; or choose mse or none")
+            raise ValueError(
+                "--addt-guide classifier: needs --classifier PATH, a checkpoint of "
+                "classifier.py; or choose mse or none"
+            )
         if args.addt_guide != "classifier" and args.classifier:
             raise ValueError(f"--addt-guide {args.addt_guide}: takes no --classifier")
 
@@ -262,7 +340,8 @@ def draw_numbers(generator, seed, step, T, B, size):
         t=torch.randint(T, (B,), **own),  # t ~ U{0..T-1}
         beta=0.5 + 1.5 * torch.rand(B, **own),  # beta ~ U[0.5, 2]
         eps=torch.randn(shape, **own).permute(0, 3, 1, 2),
-        u=2 * torch.rand(shape, **own).permute(0, 3, 1, 2) - 1)  # delta_ran = r u
+        u=2 * torch.rand(shape, **own).permute(0, 3, 1, 2) - 1,
+    )  # delta_ran = r u
 
 
 def prepare(net, args, device, world=1, backend=None):
@@ -276,12 +355,18 @@ def prepare(net, args, device, world=1, backend=None):
     dtype = precision(device, args.amp)
     model = net if dtype == torch.float32 else copy.deepcopy(net).cast(dtype)
     return SimpleNamespace(
-        net=net, params=params, computing=model, weights=list(model.parameters()), world=world,
+        net=net,
+        params=params,
+        computing=model,
+        weights=list(model.parameters()),
+        world=world,
         model=torch.compile(model, backend=backend, dynamic=False) if backend else model,
         ema=copy.deepcopy(net).eval().requires_grad_(False),
         optimizer=optimizer(params, lr=args.lr, fused=True),
-        schedule=NoiseSchedule().to(device), cast=autocast(device, args.amp),
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
+        schedule=NoiseSchedule().to(device),
+        cast=autocast(device, args.amp),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+    )
 
 
 def train_step(state, args, step, batches, classifier=None):
@@ -305,7 +390,8 @@ def train_step(state, args, step, batches, classifier=None):
         state.computing.mask_keys = batch.get("keys")
         with state.cast:
             loss, terms = objective(
-                state.model, state.schedule, args, classifier=classifier, **batch)
+                state.model, state.schedule, args, classifier=classifier, **batch
+            )
         state.scaler.scale(loss / len(batches)).backward()
         if lower_precision:
             move_gradients(state.weights, state.params, first=not logs)
@@ -352,8 +438,9 @@ def main():
     ckpt = resume(args, path) if args.resume else None
     check(args, world)
     if path.exists() and not (args.resume or args.overwrite):
-        raise ValueError(f"--out {out}: holds a checkpoint; --resume continues it, --overwrite "
-                         "starts again")
+        raise ValueError(
+            f"--out {out}: holds a checkpoint; --resume continues it, --overwrite starts again"
+        )
     precision(device, args.amp)  # refuses what this device has not
     net = build(args)
     classifier = load_classifier(args.classifier, device, args.compile) if args.classifier else None
@@ -370,16 +457,24 @@ def main():
     first = restore(state, ckpt) if ckpt else 0
     batches = Batches(args, data, sigma_y, state.schedule.T, device, rank, world)
     interrupt = Interrupt(world)
-    log = Log(out / "metrics.jsonl", first, args.batch_size, device, rank, world,
-              may_skip=state.scaler.is_enabled())
+    log = Log(
+        out / "metrics.jsonl",
+        first,
+        args.batch_size,
+        device,
+        rank,
+        world,
+        may_skip=state.scaler.is_enabled(),
+    )
     if rank == 0:
         describe(args, net, data, sigma_y, first, device, world)
     probed, gains = probe(data, args.seed)
     saved = bool(ckpt)
     step = first
     line = {}
-    with tqdm(total=args.iters, initial=first, desc=f"train {args.robust}", unit="step",
-              disable=rank > 0) as bar:
+    with tqdm(
+        total=args.iters, initial=first, desc=f"train {args.robust}", unit="step", disable=rank > 0
+    ) as bar:
         while step < args.iters and not interrupt.asked(step):
             numbers = batches(step)
             if args.robust == "addt":  # it draws as it goes
@@ -492,8 +587,10 @@ def build(args):
         source = UNet.from_diffusers(args.init) if folder else UNet.load(args.init)
         for name, value in net.config.items():
             if source.config[name] != value and name != "dropout":
-                raise ValueError(f"--init {args.init}: has {name} {source.config[name]}, but "
-                                 f"--model {args.model} {value}; choose the --model of its training")
+                raise ValueError(
+                    f"--init {args.init}: has {name} {source.config[name]}, but "
+                    f"--model {args.model} {value}; choose the --model of its training"
+                )
         net.load_state_dict(source.state_dict())
     return net
 
@@ -503,22 +600,28 @@ def load_data(args, net, classifier, device, world):
     local = int(os.environ.get("LOCAL_RANK", 0))
     if world > 1 and local > 0:
         dist.barrier()  # one process of each machine decodes the images first
-    images, labels = load_images(args.data, args.image_size, root=args.data_root,
-                                 labels_needed=classifier is not None)
+    images, labels = load_images(
+        args.data, args.image_size, root=args.data_root, labels_needed=classifier is not None
+    )
     if world > 1 and local == 0:
         dist.barrier()
     data = CorruptedImages(images, labels, args.p, args.sigma, args.seed, device, args.corrupt)
     if classifier:
         most, classes = int(data.labels.max()), classifier.config["classes"]
         if most >= classes:
-            raise ValueError(f"--classifier {args.classifier}: knows {classes} classes, but "
-                             f"--data {args.data} has label {most}")
+            raise ValueError(
+                f"--classifier {args.classifier}: knows {classes} classes, but "
+                f"--data {args.data} has label {most}"
+            )
     if args.batch_size > len(data):
-        raise ValueError(f"--batch-size {args.batch_size}: larger than --data {args.data} with its "
-                         f"{len(data)} images")
+        raise ValueError(
+            f"--batch-size {args.batch_size}: larger than --data {args.data} with its "
+            f"{len(data)} images"
+        )
     if data.shape[1] % net.factor:
-        raise ValueError(f"--image-size {data.shape[1]}: --model {args.model} needs a multiple of "
-                         f"{net.factor}")
+        raise ValueError(
+            f"--image-size {data.shape[1]}: --model {args.model} needs a multiple of {net.factor}"
+        )
     return data
 
 
@@ -534,8 +637,10 @@ def judge(args, data, ckpt, device, world):
         dist.broadcast(sigma_y, 0)
     clean = int((sigma_y == 0).sum())
     if args.drop_noisy and args.batch_size > clean:
-        raise ValueError(f"--drop-noisy: judges {clean} of {len(data)} images clean, fewer than "
-                         f"--batch-size {args.batch_size}; a higher --noisy-above keeps more")
+        raise ValueError(
+            f"--drop-noisy: judges {clean} of {len(data)} images clean, fewer than "
+            f"--batch-size {args.batch_size}; a higher --noisy-above keeps more"
+        )
     return sigma_y
 
 
@@ -564,8 +669,10 @@ def diagnose(state, batch, gains):
     x0, eps, t = batch["x0"], batch["eps"], batch["t"]
     with state.cast:
         answer = state.ema(state.schedule.q_sample(x0, t, eps), t)
-        found = {f"gain_{k}": metrics.brightness_gain(state.ema, state.schedule, x0, eps, k).item()
-                 for k in PROBED}
+        found = {
+            f"gain_{k}": metrics.brightness_gain(state.ema, state.schedule, x0, eps, k).item()
+            for k in PROBED
+        }
     loss = (answer - eps).square().flatten(1).mean(1)
     quarters = {f"L_DM_q{i + 1}": part.mean().item() for i, part in enumerate(loss.chunk(4))}
     return quarters | found | gains
@@ -581,15 +688,19 @@ def resume(args, path):
         ckpt["args"] |= dict(reg_last=1.0, reg_share=1.0, reg_lr=1.0)
     for name, value in ckpt["args"].items():
         if name in args.given and name not in FREE and getattr(args, name) != value:
-            raise ValueError(f"{flag(name)} {getattr(args, name)}: the checkpoint {path} was trained "
-                             f"with {value}; drop the flag or start in another --out")
+            raise ValueError(
+                f"{flag(name)} {getattr(args, name)}: the checkpoint {path} was trained "
+                f"with {value}; drop the flag or start in another --out"
+            )
         if name not in args.given:
             setattr(args, name, value)
     before = change(argparse.Namespace(**ckpt["args"]))
     if change(args) != before and ckpt["step"] > min(before, change(args)):
-        raise ValueError(f"--iters {args.iters}: the regulariser of {path} began at step {before} "
-                         f"of {ckpt['args']['iters']}, which step {ckpt['step']} has passed; start "
-                         f"another --out with --init {path}")
+        raise ValueError(
+            f"--iters {args.iters}: the regulariser of {path} began at step {before} "
+            f"of {ckpt['args']['iters']}, which step {ckpt['step']} has passed; start "
+            f"another --out with --init {path}"
+        )
     return ckpt
 
 
@@ -619,11 +730,21 @@ def save(path, step, state, args, data, sigma_y, rank):
     left_out = ("given", "out", "device", "resume", "overwrite", "init")
     settings = {name: value for name, value in vars(args).items() if name not in left_out}
     if rank == 0:
-        save_checkpoint(path, dict(
-            kind="unet", config=state.net.config, image_size=data.shape[1], step=step,
-            model=state.net.state_dict(), ema=state.ema.state_dict(),
-            optimizer=state.optimizer.state_dict(), scaler=state.scaler.state_dict(),
-            sigma_y=None if sigma_y is None else sigma_y.cpu(), args=settings))
+        save_checkpoint(
+            path,
+            dict(
+                kind="unet",
+                config=state.net.config,
+                image_size=data.shape[1],
+                step=step,
+                model=state.net.state_dict(),
+                ema=state.ema.state_dict(),
+                optimizer=state.optimizer.state_dict(),
+                scaler=state.scaler.state_dict(),
+                sigma_y=None if sigma_y is None else sigma_y.cpu(),
+                args=settings,
+            ),
+        )
 
 
 def advice(path, saved):
@@ -636,8 +757,9 @@ def grid(out, step, state, data, args, device, rank):
     if rank == 0:
         net = copy.deepcopy(state.ema).cast(precision(device, args.amp))
         with state.cast:
-            x0 = generate(net, state.schedule, range(64), data.shape, args.seed, device,
-                          "ddim", steps=50)
+            x0 = generate(
+                net, state.schedule, range(64), data.shape, args.seed, device, "ddim", steps=50
+            )
         save_grid(x0, out / f"grid{step:07d}.png")
         (out / "grid.png").write_bytes((out / f"grid{step:07d}.png").read_bytes())
 
@@ -645,12 +767,16 @@ def grid(out, step, state, data, args, device, rank):
 def describe(args, net, data, sigma_y, first, device, world):
     size = sum(p.numel() for p in net.parameters()) / 1e6
     level = f" {args.sigma}" if args.sigma > 0 else ""
-    print(f"{args.robust}: {size:.1f} M parameters, {len(data)} images {data.shape[1]}x"
-          f"{data.shape[1]} of {args.data}, {int(data.corrupted.sum())} with {args.corrupt}{level}, "
-          f"{device} x {world}, steps {first}..{args.iters} -> {args.out}")
+    print(
+        f"{args.robust}: {size:.1f} M parameters, {len(data)} images {data.shape[1]}x"
+        f"{data.shape[1]} of {args.data}, {int(data.corrupted.sum())} with {args.corrupt}{level}, "
+        f"{device} x {world}, steps {first}..{args.iters} -> {args.out}"
+    )
     if 0 < change(args) < args.iters:
-        print(f"plain DDPM up to step {change(args)}, then the regulariser (--reg-last "
-              f"{args.reg_last}) on {args.reg_share:.0%} of the rows")
+        print(
+            f"plain DDPM up to step {change(args)}, then the regulariser (--reg-last "
+            f"{args.reg_last}) on {args.reg_share:.0%} of the rows"
+        )
     if sigma_y is not None:
         noisy = int((sigma_y > 0).sum())
         mean = float(sigma_y.sum() / max(1, noisy))
@@ -667,25 +793,42 @@ def finish(args, out, step, sigma_y, data, device, world, started):
         plot(lines, out / "loss.png", args)
         judged = {} if sigma_y is None else dict(judged_noisy=int((sigma_y > 0).sum()))
         settings = {name: value for name, value in vars(args).items() if name != "given"}
-        metrics.write_metrics(out, started, seed=args.seed, device=device, n=len(data),
-                              world=world, args=settings, **judged, **lines[-1])
+        metrics.write_metrics(
+            out,
+            started,
+            seed=args.seed,
+            device=device,
+            n=len(data),
+            world=world,
+            args=settings,
+            **judged,
+            **lines[-1],
+        )
     print(f"step {step}: {out}/ckpt.pt, {out}/grid.png, {out}/loss.png")
 
 
 def plot(lines, path, args):
     labels = dict(
-        L_DM="$L_{DM}$ (Eq. 4)", L_reg="$L_{reg}$ (Eq. 10, with $\\lambda_t$)",
-        L_ambient="$L_{ambient}$", L_Huber="$L_{Huber}$", L_ADDT="$L_{ADDT}$ (P2 Eq. 8)",
-        grad_norm="gradient norm")
+        L_DM="$L_{DM}$ (Eq. 4)",
+        L_reg="$L_{reg}$ (Eq. 10, with $\\lambda_t$)",
+        L_ambient="$L_{ambient}$",
+        L_Huber="$L_{Huber}$",
+        L_ADDT="$L_{ADDT}$ (P2 Eq. 8)",
+        grad_norm="gradient norm",
+    )
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, label in labels.items():
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
             ax.plot(*zip(*points), label=label, lw=1.2)
     level = f"σ = {args.sigma}" if args.corrupt == "gauss" else f"{args.corrupt} {args.sigma}"
-    ax.set(xlabel="step", ylabel="mean since the last log line", yscale="log",
-           title=f"{args.model}, --robust {args.robust}, {args.data.split('/')[-1]}, "
-                 f"p = {args.p}, {level}")
+    ax.set(
+        xlabel="step",
+        ylabel="mean since the last log line",
+        yscale="log",
+        title=f"{args.model}, --robust {args.robust}, {args.data.split('/')[-1]}, "
+        f"p = {args.p}, {level}",
+    )
     ax.legend()
     ax.grid(alpha=0.3)
     fig.savefig(path, dpi=120)

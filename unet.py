@@ -20,9 +20,16 @@ from torch import nn
 
 PRESETS = {
     # DDPM on CIFAR-10, attention at 16x16: 35.7 M parameters.
-    "ddpm": dict(channels=(128, 256, 256, 256), attention=(False, True, False, False), blocks=2, dropout=0.1),
+    "ddpm": dict(
+        channels=(128, 256, 256, 256), attention=(False, True, False, False), blocks=2, dropout=0.1
+    ),
     # DDIM's CelebA network for 64x64, attention at 16x16: 78.7 M parameters.
-    "ddpm64": dict(channels=(128, 256, 256, 256, 512), attention=(False, False, True, False, False), blocks=2, dropout=0.1),
+    "ddpm64": dict(
+        channels=(128, 256, 256, 256, 512),
+        attention=(False, False, True, False, False),
+        blocks=2,
+        dropout=0.1,
+    ),
     # 2.6 M parameters on 2x2 patches (ours): the cheapest here per step, 0.4 of tiny.
     "mini": dict(channels=(96, 96), attention=(False, True), blocks=1, dropout=0.0, patch=2),
     # 2.8 M parameters, trains on a CPU at 16x16 (minutes) or 32x32. No dropout: its runs are too short to overfit.
@@ -33,7 +40,9 @@ PRESETS = {
 def timestep_embedding(t, dim):
     """Sin-cos features of t, (B,) integer or real -> (B, dim); DDPM's frequencies 1e4^(-i / (dim/2 - 1))."""
     dtype = t.dtype if t.dtype == torch.float64 else torch.float32
-    freqs = torch.exp(torch.arange(dim // 2, device=t.device, dtype=dtype) * (-math.log(1e4) / (dim // 2 - 1)))
+    freqs = torch.exp(
+        torch.arange(dim // 2, device=t.device, dtype=dtype) * (-math.log(1e4) / (dim // 2 - 1))
+    )
     phase = t[:, None].to(dtype) * freqs  # (B, dim/2)
     return torch.cat([phase.sin(), phase.cos()], dim=1)
 
@@ -90,7 +99,9 @@ class ResBlock(nn.Module):
     def forward(self, x, shift, keys):
         """shift (B, c_out): self.emb of the time embedding, which UNet.shifts computes for all blocks; keys: of Dropout."""
         h = F.conv2d(F.silu(self.norm1(x)), self.conv1.weight, padding=1)
-        h = h + (shift + self.conv1.bias.to(shift.dtype))[:, :, None, None]  # one sum over pixels in the backward
+        h = (
+            h + (shift + self.conv1.bias.to(shift.dtype))[:, :, None, None]
+        )  # one sum over pixels in the backward
         h = self.conv2(self.dropout(F.silu(self.norm2(h)), keys))
         return self.skip(x) + h
 
@@ -119,8 +130,12 @@ class Level(nn.Module):
 
     def __init__(self, widths, c_emb, attention, groups, dropout, resample=None):
         super().__init__()
-        self.res = nn.ModuleList(ResBlock(c_in, c_out, c_emb, groups, dropout) for c_in, c_out in widths)
-        self.attn = nn.ModuleList(Attention(c_out, groups) if attention else nn.Identity() for _, c_out in widths)
+        self.res = nn.ModuleList(
+            ResBlock(c_in, c_out, c_emb, groups, dropout) for c_in, c_out in widths
+        )
+        self.attn = nn.ModuleList(
+            Attention(c_out, groups) if attention else nn.Identity() for _, c_out in widths
+        )
         self.resample = resample
 
 
@@ -135,11 +150,26 @@ class UNet(nn.Module):
     `config` rebuilds the network: UNet(**net.config).
     """
 
-    def __init__(self, channels=(128, 256, 256, 256), attention=(False, True, False, False), blocks=2, dropout=0.1,
-                 groups=32, in_channels=3, patch=1):
+    def __init__(
+        self,
+        channels=(128, 256, 256, 256),
+        attention=(False, True, False, False),
+        blocks=2,
+        dropout=0.1,
+        groups=32,
+        in_channels=3,
+        patch=1,
+    ):
         super().__init__()
-        self.config = dict(channels=list(channels), attention=list(attention), blocks=blocks, dropout=dropout,
-                           groups=groups, in_channels=in_channels, patch=patch)
+        self.config = dict(
+            channels=list(channels),
+            attention=list(attention),
+            blocks=blocks,
+            dropout=dropout,
+            groups=groups,
+            in_channels=in_channels,
+            patch=patch,
+        )
         self.patch, self.factor = patch, patch * 2 ** (len(channels) - 1)
         c0, c_emb, last = channels[0], 4 * channels[0], len(channels) - 1
         self.time = nn.Sequential(nn.Linear(c0, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
@@ -162,9 +192,15 @@ class UNet(nn.Module):
             for _ in range(blocks + 1):  # each block takes one stored activation of the way down
                 widths.append((c + skips.pop(), width))
                 c = width
-            self.up.append(Level(widths, c_emb, attention[i], groups, dropout, conv3x3(c, c) if i > 0 else None))
+            self.up.append(
+                Level(
+                    widths, c_emb, attention[i], groups, dropout, conv3x3(c, c) if i > 0 else None
+                )
+            )
 
-        self.mask_keys = None  # (B,) int64: one dropout mask for all forwards of a step, see Dropout
+        self.mask_keys = (
+            None  # (B,) int64: one dropout mask for all forwards of a step, see Dropout
+        )
         for i, block in enumerate(m for m in self.modules() if isinstance(m, Dropout)):
             block.number = i
 
@@ -193,7 +229,9 @@ class UNet(nn.Module):
         """
         for m in self.modules():
             if isinstance(m, (nn.Conv2d, nn.Linear)):
-                m.weight, m.bias = (nn.Parameter(p.detach().to(dtype), p.requires_grad) for p in (m.weight, m.bias))
+                m.weight, m.bias = (
+                    nn.Parameter(p.detach().to(dtype), p.requires_grad) for p in (m.weight, m.bias)
+                )
         return self
 
     def shifts(self, emb):
@@ -205,7 +243,9 @@ class UNet(nn.Module):
 
     def forward(self, x, t):
         if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
-            raise ValueError(f"image size {x.shape[-2]}x{x.shape[-1]} does not divide by {self.factor}, as this network needs")
+            raise ValueError(
+                f"image size {x.shape[-2]}x{x.shape[-1]} does not divide by {self.factor}, as this network needs"
+            )
         x = x.contiguous(memory_format=layout_of(self.conv_in.weight))
         emb = timestep_embedding(t, self.time[0].in_features).to(self.time[0].weight.dtype)
         shifts = self.shifts(F.silu(self.time(emb)))
@@ -220,7 +260,9 @@ class UNet(nn.Module):
                 h = attn(res(h, next(shifts), keys))
                 hs.append(h)
             if level.resample is not None:
-                h = level.resample(F.pad(h, (0, 1, 0, 1)))  # right and bottom only, as in DDPM's TensorFlow code
+                h = level.resample(
+                    F.pad(h, (0, 1, 0, 1))
+                )  # right and bottom only, as in DDPM's TensorFlow code
                 hs.append(h)
 
         for res, attn in zip(self.mid.res, self.mid.attn):
@@ -237,7 +279,11 @@ class UNet(nn.Module):
     @classmethod
     def load(cls, checkpoint, ema=True):
         """The network of a train.py checkpoint (path or loaded dict), in eval mode; ema=False for the raw weights."""
-        ckpt = load_checkpoint(checkpoint) if isinstance(checkpoint, (str, os.PathLike)) else checkpoint
+        ckpt = (
+            load_checkpoint(checkpoint)
+            if isinstance(checkpoint, (str, os.PathLike))
+            else checkpoint
+        )
         name = checkpoint if ckpt is not checkpoint else "checkpoint"
         if ckpt.get("kind") != "unet":
             raise ValueError(f"{name}: holds no UNet (train.py's checkpoints do)")
@@ -245,8 +291,10 @@ class UNet(nn.Module):
             net = cls(**ckpt["config"])
             net.load_state_dict(ckpt["ema" if ema else "model"])
         except (KeyError, TypeError, RuntimeError) as e:
-            raise ValueError(f"{name}: its weights do not fit its config, so it is of another architecture "
-                             f"({str(e).splitlines()[0]})") from None
+            raise ValueError(
+                f"{name}: its weights do not fit its config, so it is of another architecture "
+                f"({str(e).splitlines()[0]})"
+            ) from None
         return net.eval()
 
     @classmethod
@@ -257,28 +305,51 @@ class UNet(nn.Module):
         """
         state = source if isinstance(source, dict) else _read_diffusers(source)
         state = {_rename(k): v for k, v in state.items()}
-        for prefix in [k[: -len("q.weight")] for k in state if k.endswith(".attn_q.weight")]:  # fuse q, k, v
+        for prefix in [
+            k[: -len("q.weight")] for k in state if k.endswith(".attn_q.weight")
+        ]:  # fuse q, k, v
             for part in ("weight", "bias"):
                 qkv = [state.pop(f"{prefix}{n}.{part}") for n in "qkv"]
                 # the oldest files store these as 1x1 convolutions
-                state[f"{prefix[:-5]}qkv.{part}"] = torch.cat([w.flatten(1) if part == "weight" else w for w in qkv])
+                state[f"{prefix[:-5]}qkv.{part}"] = torch.cat(
+                    [w.flatten(1) if part == "weight" else w for w in qkv]
+                )
         try:
             levels = 1 + max(int(m[1]) for k in state if (m := re.match(r"down\.(\d+)\.res", k)))
             blocks = 1 + max(int(m[1]) for k in state if (m := re.match(r"down\.0\.res\.(\d+)", k)))
-            net = cls(channels=[state[f"down.{i}.res.0.conv2.bias"].shape[0] for i in range(levels)],
-                      attention=[f"down.{i}.attn.0.qkv.weight" in state for i in range(levels)],
-                      blocks=blocks, dropout=dropout, in_channels=state["conv_in.weight"].shape[1])
+            net = cls(
+                channels=[state[f"down.{i}.res.0.conv2.bias"].shape[0] for i in range(levels)],
+                attention=[f"down.{i}.attn.0.qkv.weight" in state for i in range(levels)],
+                blocks=blocks,
+                dropout=dropout,
+                in_channels=state["conv_in.weight"].shape[1],
+            )
             net.load_state_dict(state)
         except (ValueError, KeyError, RuntimeError) as e:
-            raise ValueError(f"not a UNet2DModel of the ddpm-cifar10-32 family: {str(e).splitlines()[0]}") from None
+            raise ValueError(
+                f"not a UNet2DModel of the ddpm-cifar10-32 family: {str(e).splitlines()[0]}"
+            ) from None
         return net.eval()
 
 
-_NAMES = [(r"down_blocks\.(\d+)", r"down.\1"), (r"up_blocks\.(\d+)", r"up.\1"), ("mid_block", "mid"), ("resnets", "res"),
-          ("attentions", "attn"), (r"(down|up)samplers\.0\.conv", "resample"), ("conv_shortcut", "skip"),
-          ("time_emb_proj", "emb"), (r"time_embedding\.linear_1", "time.0"), (r"time_embedding\.linear_2", "time.2"),
-          ("conv_norm_out", "norm_out"), ("group_norm", "norm"), (r"to_out\.0|proj_attn", "out"),
-          (r"to_q|query", "attn_q"), (r"to_k|key", "attn_k"), (r"to_v|value", "attn_v")]
+_NAMES = [
+    (r"down_blocks\.(\d+)", r"down.\1"),
+    (r"up_blocks\.(\d+)", r"up.\1"),
+    ("mid_block", "mid"),
+    ("resnets", "res"),
+    ("attentions", "attn"),
+    (r"(down|up)samplers\.0\.conv", "resample"),
+    ("conv_shortcut", "skip"),
+    ("time_emb_proj", "emb"),
+    (r"time_embedding\.linear_1", "time.0"),
+    (r"time_embedding\.linear_2", "time.2"),
+    ("conv_norm_out", "norm_out"),
+    ("group_norm", "norm"),
+    (r"to_out\.0|proj_attn", "out"),
+    (r"to_q|query", "attn_q"),
+    (r"to_k|key", "attn_k"),
+    (r"to_v|value", "attn_v"),
+]
 
 
 def _rename(key):
@@ -295,12 +366,25 @@ def _read_diffusers(folder):
     with open(path) as f:
         cfg = json.load(f)
     # key: (what this network computes, diffusers' default where the file leaves the key out)
-    need = dict(norm_eps=(1e-6, 1e-5), downsample_padding=(0, 1), flip_sin_to_cos=(False, True), freq_shift=(1, 0),
-                attention_head_dim=(None, 8), norm_num_groups=(32, 32), mid_block_scale_factor=(1, 1), act_fn=("silu", "silu"),
-                center_input_sample=(False, False), resnet_time_scale_shift=("default", "default"),
-                time_embedding_type=("positional", "positional"))
+    need = dict(
+        norm_eps=(1e-6, 1e-5),
+        downsample_padding=(0, 1),
+        flip_sin_to_cos=(False, True),
+        freq_shift=(1, 0),
+        attention_head_dim=(None, 8),
+        norm_num_groups=(32, 32),
+        mid_block_scale_factor=(1, 1),
+        act_fn=("silu", "silu"),
+        center_input_sample=(False, False),
+        resnet_time_scale_shift=("default", "default"),
+        time_embedding_type=("positional", "positional"),
+    )
     # silently different arithmetic is worse than a refusal
-    wrong = [f"{k}={cfg.get(k, default)!r} (need {v!r})" for k, (v, default) in need.items() if cfg.get(k, default) != v]
+    wrong = [
+        f"{k}={cfg.get(k, default)!r} (need {v!r})"
+        for k, (v, default) in need.items()
+        if cfg.get(k, default) != v
+    ]
     if wrong:
         raise ValueError(f"{folder}: not of the ddpm-cifar10-32 family: {', '.join(wrong)}")
     for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
@@ -315,7 +399,9 @@ def _read_diffusers(folder):
             try:
                 return load_file(path)
             except Exception as e:  # safetensors' own error derives from Exception alone
-                raise ValueError(f"{path}: truncated or not a safetensors file ({str(e).splitlines()[0]})") from None
+                raise ValueError(
+                    f"{path}: truncated or not a safetensors file ({str(e).splitlines()[0]})"
+                ) from None
     raise ValueError(f"{folder}: no diffusion_pytorch_model.safetensors or .bin")
 
 
@@ -331,7 +417,9 @@ def save_checkpoint(path, ckpt):
     except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
         if os.path.exists(tmp):
             os.remove(tmp)
-        raise OSError(f"{path}: could not save the checkpoint ({str(e).splitlines()[0]}); the previous one is intact") from None
+        raise OSError(
+            f"{path}: could not save the checkpoint ({str(e).splitlines()[0]}); the previous one is intact"
+        ) from None
 
 
 def load_checkpoint(path):
@@ -341,7 +429,9 @@ def load_checkpoint(path):
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(f"{path}: refused, not a file of tensors and plain values (it may execute code)") from None
+        raise ValueError(
+            f"{path}: refused, not a file of tensors and plain values (it may execute code)"
+        ) from None
     except (RuntimeError, EOFError, OSError, KeyError) as e:
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(f"{path}: truncated or not a checkpoint ({reason})") from None

@@ -2,7 +2,9 @@
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the scripts that tests start
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch is imported, and for the scripts that tests start
+)
 
 
 def pytest_collection_modifyitems(items):

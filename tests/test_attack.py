@@ -23,8 +23,15 @@ SHAPE, INDEX = (2, 3, 2), torch.tensor([3, 0, 7])
 A = 0.6 * torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 DDPM = dict(steps=20, spacing="respaced", variance="fixed-large", clip=False)
 DDIM = dict(steps=20, eta=0.0, clip=False)
-SAMPLERS = pytest.mark.parametrize("sampler, options", [
-    ("ddpm", DDPM), ("ddpm", DDPM | dict(spacing="naive")), ("ddim", DDIM), ("ddim", DDIM | dict(eta=1.0))])
+SAMPLERS = pytest.mark.parametrize(
+    "sampler, options",
+    [
+        ("ddpm", DDPM),
+        ("ddpm", DDPM | dict(spacing="naive")),
+        ("ddim", DDIM),
+        ("ddim", DDIM | dict(eta=1.0)),
+    ],
+)
 
 
 def linear(x, t):
@@ -45,7 +52,9 @@ def noise(i, j, index=INDEX):
 
 def hook(model, sampler="ddpm", options=DDPM, index=INDEX, share=1.0, **kw):
     pairs, step = attack.sampler_steps(sampler, options, 1000)
-    return attack.attack(model, SCHEDULE, pairs, step, index, 5, attack.attacked_steps(len(pairs), share), **kw), pairs
+    return attack.attack(
+        model, SCHEDULE, pairs, step, index, 5, attack.attacked_steps(len(pairs), share), **kw
+    ), pairs
 
 
 def closed_form(sampler, options, t, t_prev):
@@ -53,7 +62,11 @@ def closed_form(sampler, options, t, t_prev):
     a, b = ABAR[t], ABAR[t_prev] if t_prev >= 0 else 1.0
     beta, eye = 1 - a / b, torch.eye(12, dtype=torch.float64)
     if sampler == "ddpm":
-        return (eye - beta / math.sqrt(1 - a) * A) / math.sqrt(1 - beta), math.sqrt(beta) if t_prev >= 0 else 0.0, beta
+        return (
+            (eye - beta / math.sqrt(1 - a) * A) / math.sqrt(1 - beta),
+            math.sqrt(beta) if t_prev >= 0 else 0.0,
+            beta,
+        )
     s = options["eta"] * math.sqrt((1 - b) / (1 - a) * beta)
     return math.sqrt(b / a) * (eye - math.sqrt(1 - a) * A) + math.sqrt(1 - b - s * s) * A, s, beta
 
@@ -64,7 +77,9 @@ def test_attacked_steps():
             steps = attack.attacked_steps(n, share)
             assert len(steps) == math.floor(n * share + 1e-9)
             assert not steps or np.ptp(np.diff([-1, *steps])) <= 1  # evenly
-    assert attack.attacked_steps(8, 0.25) == [3, 7] and attack.attacked_steps(8, 1) == list(range(8))
+    assert attack.attacked_steps(8, 0.25) == [3, 7] and attack.attacked_steps(8, 1) == list(
+        range(8)
+    )
     for bad in (-0.1, 1.01, float("nan")):
         with pytest.raises(ValueError, match="share"):
             attack.attacked_steps(10, bad)
@@ -72,7 +87,11 @@ def test_attacked_steps():
 
 def test_streams_are_apart():
     streams = [attack.stream(i, j) for i in (0, 1, 999) for j in (0, 1, 2**20 - 1)]
-    assert min(streams) > 1000 and max(streams) < CORRUPTION_STREAM and len(set(streams)) == len(streams)
+    assert (
+        min(streams) > 1000
+        and max(streams) < CORRUPTION_STREAM
+        and len(set(streams)) == len(streams)
+    )
 
 
 @SAMPLERS
@@ -131,7 +150,9 @@ def test_averaging_over_the_noise(sampler, options):
         on_step, pairs = hook(watched, sampler, options, index, eot=n)
         on_step(i, pairs[i][0], x_t)
         M, s, beta = closed_form(sampler, options, *pairs[i])
-        z = sum(noise(i, 3 + 2 * k, index) - noise(i, 2 + 2 * k, index) for k in range(n)) / max(n, 1)
+        z = sum(noise(i, 3 + 2 * k, index) - noise(i, 2 + 2 * k, index) for k in range(n)) / max(
+            n, 1
+        )
         z = z.flatten(1) if n else 0.0
         d = math.sqrt(beta) * noise(i, 0, index).flatten(1)
         torch.testing.assert_close(seen[-1], 2 * (d @ M.T + s * z) @ M / beta, rtol=1e-8, atol=1e-9)
@@ -139,7 +160,9 @@ def test_averaging_over_the_noise(sampler, options):
     assert len(seen) == 3 and error[1] / error[64] == pytest.approx(8, rel=0.15)
 
 
-@pytest.mark.parametrize("sampler, options", [("ddpm", DDPM | dict(steps=5)), ("ddim", DDIM | dict(steps=5))])
+@pytest.mark.parametrize(
+    "sampler, options", [("ddpm", DDPM | dict(steps=5)), ("ddim", DDIM | dict(steps=5))]
+)
 @pytest.mark.parametrize("kw", [dict(), dict(iters=3, eot=2), dict(kind="random")])
 def test_image_i_does_not_depend_on_the_batch(sampler, options, kw):
     def model(x, t):
@@ -147,12 +170,18 @@ def test_image_i_does_not_depend_on_the_batch(sampler, options, kw):
 
     def run(index):
         on_step, _ = hook(model, sampler, options, index, **kw)
-        return sample.generate(model, SCHEDULE, index, SHAPE, 5, "cpu", sampler, on_step=on_step, **options)
+        return sample.generate(
+            model, SCHEDULE, index, SHAPE, 5, "cpu", sampler, on_step=on_step, **options
+        )
 
-    torch.testing.assert_close(run(torch.tensor([4, 9, 2]))[1:2], run(torch.tensor([9])), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        run(torch.tensor([4, 9, 2]))[1:2], run(torch.tensor([9])), rtol=1e-5, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("sampler, options", [("ddpm", DDPM), ("ddim", DDIM), ("ddpm", DDPM | dict(spacing="naive"))])
+@pytest.mark.parametrize(
+    "sampler, options", [("ddpm", DDPM), ("ddim", DDIM), ("ddpm", DDPM | dict(spacing="naive"))]
+)
 def test_attack_beats_the_random_control(sampler, options):
     """And more steps beat one. Where beta is small, mean(x) is nearly x, whatever the network: J has no direction to find."""
     gain, index = [], torch.arange(30)
@@ -194,10 +223,15 @@ def test_calls_and_memory(iters):
 
         on_step, _ = hook(model, options=DDPM | dict(steps=steps), share=0.5, iters=iters, eot=1)
 
-        def watch(i, t, x, on_step=on_step, calls=calls, graphs=graphs, attacked=attacked, steps=steps):
+        def watch(
+            i, t, x, on_step=on_step, calls=calls, graphs=graphs, attacked=attacked, steps=steps
+        ):
             before = len(calls)
             x = on_step(i, t, x)
-            assert calls[before:] == ([False] + [True] * iters if i in attacked else []) and not x.requires_grad
+            assert (
+                calls[before:] == ([False] + [True] * iters if i in attacked else [])
+                and not x.requires_grad
+            )
             assert all(ref() is None for ref in graphs)
             if i == steps - 1:
                 live.append(sum(type(o) is torch.Tensor for o in gc.get_objects()))
@@ -250,12 +284,23 @@ def test_violations_are_reported():
     assert "NaN or infinite" in checks_of(spoilt) and "are 0" not in checks_of(spoilt)
     assert "are 0" in checks_of(vanishing) and "random start" in checks_of(vanishing)
     assert "signs of equal norm" in checks_of(reversed_) and "small step" in checks_of(reversed_)
-    constant = checks_of(lambda x, t: torch.zeros_like(x))  # mean is a multiple of x_t: every direction is alike
-    assert "signs of equal norm" in constant and "random start" in constant and "small step" not in constant
-    assert "random start (4" in checks_of(linear, phi=4.0)  # a start of four times the norm wins: said with its size
+    constant = checks_of(
+        lambda x, t: torch.zeros_like(x)
+    )  # mean is a multiple of x_t: every direction is alike
+    assert (
+        "signs of equal norm" in constant
+        and "random start" in constant
+        and "small step" not in constant
+    )
+    assert "random start (4" in checks_of(
+        linear, phi=4.0
+    )  # a start of four times the norm wins: said with its size
     rows = torch.zeros(3, len(attack.TALLY), dtype=torch.float64)
     rows[1, attack.TALLY.index("outside")], rows[2, attack.TALLY.index("lost")] = 5, 1
-    assert "ball: 5 elements" in (v := " | ".join(attack.summarise(rows)["violated"])) and "samples: 1 hold" in v
+    assert (
+        "ball: 5 elements" in (v := " | ".join(attack.summarise(rows)["violated"]))
+        and "samples: 1 hold" in v
+    )
 
 
 # the command ---------------------------------------------------------------------------------------------------------
@@ -274,39 +319,95 @@ def ckpts(tmp_path_factory):
         torch.nn.init.normal_(net.conv_out.weight, std=0.05)
         (root / f"net{seed}").mkdir()
         paths.append(root / f"net{seed}" / "ckpt.pt")
-        save_checkpoint(paths[-1], dict(kind="unet", config=net.config, image_size=size, model=net.state_dict(),
-                                        ema=net.state_dict(), args=dict(data="synthetic:40")))
+        save_checkpoint(
+            paths[-1],
+            dict(
+                kind="unet",
+                config=net.config,
+                image_size=size,
+                model=net.state_dict(),
+                ema=net.state_dict(),
+                args=dict(data="synthetic:40"),
+            ),
+        )
     return paths
 
 
 def test_command(ckpts, tmp_path, capsys, monkeypatch):
     drawn = []
     monkeypatch.setattr(attack.metrics, "noise_level", lambda x: drawn.append(x) or torch.zeros(1))
-    assert call("--ckpt", ckpts[0], "--n", 3, "--batch-size", 2, "--steps", 2, "--attacked", 0.5, "--out", tmp_path) == 0
-    assert all((tmp_path / f).stat().st_size > 300 for f in ("attack.png", "rows.png", "table.csv", "metrics.json"))
+    assert (
+        call(
+            "--ckpt",
+            ckpts[0],
+            "--n",
+            3,
+            "--batch-size",
+            2,
+            "--steps",
+            2,
+            "--attacked",
+            0.5,
+            "--out",
+            tmp_path,
+        )
+        == 0
+    )
+    assert all(
+        (tmp_path / f).stat().st_size > 300
+        for f in ("attack.png", "rows.png", "table.csv", "metrics.json")
+    )
     record = json.loads((tmp_path / "metrics.json").read_text())
     rows = record["checkpoints"]["net0"]
-    assert [(r["share"], r["kind"], r["attacked_steps"]) for r in rows] == [(0, "none", 0), (0.5, "adversarial", 1),
-                                                                          (0.5, "random", 1)]
+    assert [(r["share"], r["kind"], r["attacked_steps"]) for r in rows] == [
+        (0, "none", 0),
+        (0.5, "adversarial", 1),
+        (0.5, "random", 1),
+    ]
     assert rows[0]["change_rms"] == 0 and min(r["change_rms"] for r in rows[1:]) > 1e-3
-    assert record["violated"] == len(rows[1]["checks"]["violated"]) == capsys.readouterr().err.count("CHECK VIOLATED")
+    assert (
+        record["violated"]
+        == len(rows[1]["checks"]["violated"])
+        == capsys.readouterr().err.count("CHECK VIOLATED")
+    )
     # share 0 is sample.py's sample, bit for bit
-    args = argparse.Namespace(raw=False, compile=False, image_size=None, amp="fp32", batch_size=2, seed=0, sampler="ddpm")
+    args = argparse.Namespace(
+        raw=False, compile=False, image_size=None, amp="fp32", batch_size=2, seed=0, sampler="ddpm"
+    )
     model, size, _ = sample.load_model(ckpts[0], args, "cpu")
     options = dict(steps=2, spacing="respaced", variance="fixed-large", clip=True)
     plain = sample.sample_uint8(model, size, 3, args, options, torch.device("cpu"), 0, 1)
-    assert torch.equal(((drawn[0] + 1) * 127.5).round().byte().permute(0, 2, 3, 1), torch.from_numpy(plain))
+    assert torch.equal(
+        ((drawn[0] + 1) * 127.5).round().byte().permute(0, 2, 3, 1), torch.from_numpy(plain)
+    )
 
 
-@pytest.mark.parametrize("args, message", [
-    (("--attacked", 0.5, 1.5), "--attacked 1.5"), (("--attacked", "nan"), "--attacked nan"), (("--attacked", 0.01), "no step"),
-    (("--sampler", "heun"), "--sampler heun"), (("--phi", 0), "--phi 0"), (("--attack-factor", 0.5), "--attack-factor 0.5"),
-    (("--attack-iters", 0), "--attack-iters 0"), (("--eot", -1), "--eot -1"), (("--steps", 0), "--steps 0"),
-    (("--sampler", "ddim", "--eot", 4), "adds no noise"), (("--n", 1, "--fid"), "--n 1"), (("--fid",), "image sizes [8, 16]"),
-    (("--ckpt", "SAME"), "two checkpoints"), (("--ckpt", __file__), "test_attack.py")])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("--attacked", 0.5, 1.5), "--attacked 1.5"),
+        (("--attacked", "nan"), "--attacked nan"),
+        (("--attacked", 0.01), "no step"),
+        (("--sampler", "heun"), "--sampler heun"),
+        (("--phi", 0), "--phi 0"),
+        (("--attack-factor", 0.5), "--attack-factor 0.5"),
+        (("--attack-iters", 0), "--attack-iters 0"),
+        (("--eot", -1), "--eot -1"),
+        (("--steps", 0), "--steps 0"),
+        (("--sampler", "ddim", "--eot", 4), "adds no noise"),
+        (("--n", 1, "--fid"), "--n 1"),
+        (("--fid",), "image sizes [8, 16]"),
+        (("--ckpt", "SAME"), "two checkpoints"),
+        (("--ckpt", __file__), "test_attack.py"),
+    ],
+)
 def test_bad_input_is_one_line(ckpts, tmp_path, capsys, args, message):
     args = [ckpts[0] if a == "SAME" else a for a in args]
-    args = ["--ckpt", *ckpts, "--steps", 20, *args] if "--ckpt" not in args else ["--ckpt", ckpts[0], *args[1:]]
+    args = (
+        ["--ckpt", *ckpts, "--steps", 20, *args]
+        if "--ckpt" not in args
+        else ["--ckpt", ckpts[0], *args[1:]]
+    )
     assert call(*args, "--out", tmp_path / "out") == 2
     err = capsys.readouterr().err.strip()
     assert message in err and "\n" not in err and not (tmp_path / "out").exists()

@@ -67,7 +67,9 @@ def test_rows_are_images_in_the_order_the_network_sees():
     rows = butterflies_pca.load(Namespace(data="synthetic:9", image_size=16, data_root="unused"))
     images = rows.reshape(-1, 3, 16, 16)
     known = {x.tobytes() for x in synthetic_butterflies(9, 16)[0]}
-    assert {np.round((x.transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8).tobytes() for x in images} == known
+    assert {
+        np.round((x.transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8).tobytes() for x in images
+    } == known
 
 
 def run(monkeypatch, *args):
@@ -76,29 +78,100 @@ def run(monkeypatch, *args):
 
 
 def test_a_small_run_leaves_its_files(monkeypatch, tmp_path):
-    run(monkeypatch, "--data", "synthetic:60", "--image-size", 8, "--iters", 4, "--eval-every", 2, "--n-eval", 16,
-        "--device", "cpu", "--sample-steps", 3, "--n-train", 50, "--channels", 32, "--patch", 2, "--out", tmp_path)
-    assert {"samples.npz", "rows.png", "curves.png", "metrics.json"} <= {f.name for f in tmp_path.iterdir()}
+    run(
+        monkeypatch,
+        "--data",
+        "synthetic:60",
+        "--image-size",
+        8,
+        "--iters",
+        4,
+        "--eval-every",
+        2,
+        "--n-eval",
+        16,
+        "--device",
+        "cpu",
+        "--sample-steps",
+        3,
+        "--n-train",
+        50,
+        "--channels",
+        32,
+        "--patch",
+        2,
+        "--out",
+        tmp_path,
+    )
+    assert {"samples.npz", "rows.png", "curves.png", "metrics.json"} <= {
+        f.name for f in tmp_path.iterdir()
+    }
     with np.load(tmp_path / "samples.npz") as f:
         wanted = {"mu", "U", *(f"clean/{m}" for m in ("none", "ran", "adv"))}
         wanted |= {f"noisy/{m}" for m in butterflies_pca.METHODS}
         assert set(f.files) == wanted
-        assert f["noisy/adv"].shape == (16, 192) and f["mu"].shape == (192,) and f["U"].shape == (25, 192)
+        assert (
+            f["noisy/adv"].shape == (16, 192)
+            and f["mu"].shape == (192,)
+            and f["U"].shape == (25, 192)
+        )
         assert np.abs(f["noisy/adv"]).max() < 3
 
 
 def test_regulariser_in_the_last_steps_on_a_share(monkeypatch, tmp_path):
     shares, real = [], butterflies_pca.robust_loss
-    monkeypatch.setattr(butterflies_pca, "robust_loss", lambda *a, share: shares.append(share) or real(*a, share=share))
-    run(monkeypatch, "--data", "synthetic:60", "--image-size", 8, "--iters", 10, "--eval-every", 10, "--n-eval", 2,
-        "--device", "cpu", "--sample-steps", 2, "--n-train", 50, "--channels", 32, "--patch", 2, "--out", tmp_path,
-        "--methods", "none", "adv", "--conditions", "noisy", "--reg-last", 0.3, "--reg-share", 0.25)
+    monkeypatch.setattr(
+        butterflies_pca,
+        "robust_loss",
+        lambda *a, share: shares.append(share) or real(*a, share=share),
+    )
+    run(
+        monkeypatch,
+        "--data",
+        "synthetic:60",
+        "--image-size",
+        8,
+        "--iters",
+        10,
+        "--eval-every",
+        10,
+        "--n-eval",
+        2,
+        "--device",
+        "cpu",
+        "--sample-steps",
+        2,
+        "--n-train",
+        50,
+        "--channels",
+        32,
+        "--patch",
+        2,
+        "--out",
+        tmp_path,
+        "--methods",
+        "none",
+        "adv",
+        "--conditions",
+        "noisy",
+        "--reg-last",
+        0.3,
+        "--reg-share",
+        0.25,
+    )
     assert shares == [0.25] * 3
 
 
-@pytest.mark.parametrize("args, message", [
-    (("--p", 2), "--p 2"), (("--channels", 20), "--channels"), (("--iters", 0), "--iters"),
-    (("--data", "folder:/nowhere"), "no such folder"), (("--data", "synthetic:20"), "--components 25")])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("--p", 2), "--p 2"),
+        (("--channels", 20), "--channels"),
+        (("--iters", 0), "--iters"),
+        (("--data", "folder:/nowhere"), "no such folder"),
+        (("--data", "synthetic:20"), "--components 25"),
+    ],
+)
 def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path, args, message):
     with pytest.raises(SystemExit) as e:
         run(monkeypatch, "--out", tmp_path, "--device", "cpu", *args)

@@ -24,8 +24,25 @@ def run(script, *args):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("classifier")
-    run(classifier, "--data", "synthetic:400", "--image-size", 16, "--model", "small", "--epochs", 6, "--batch-size", 32,
-        "--device", "cpu", "--out", out, "--data-root", out)
+    run(
+        classifier,
+        "--data",
+        "synthetic:400",
+        "--image-size",
+        16,
+        "--model",
+        "small",
+        "--epochs",
+        6,
+        "--batch-size",
+        32,
+        "--device",
+        "cpu",
+        "--out",
+        out,
+        "--data-root",
+        out,
+    )
     return out
 
 
@@ -34,13 +51,15 @@ def test_it_learns_the_species(trained):
 
 
 def test_known_sizes():
-    assert sum(p.numel() for p in classifier.WideResNet(28, 10, 10).parameters()) == 36_479_194  # the published network
+    assert (
+        sum(p.numel() for p in classifier.WideResNet(28, 10, 10).parameters()) == 36_479_194
+    )  # the published network
 
 
 def test_random_crop_only_shifts():
     x = torch.arange(16.0 * 16).view(1, 1, 16, 16).expand(64, 3, 16, 16)
     y = classifier.random_crop(x, torch.Generator().manual_seed(0))
-    steps = (y[:, 0, 5:11, 6:11] - y[:, 0, 5:11, 5:10])  # inside, neighbours stay neighbours
+    steps = y[:, 0, 5:11, 6:11] - y[:, 0, 5:11, 5:10]  # inside, neighbours stay neighbours
     assert torch.equal(steps, torch.ones_like(steps))
     assert len({image[0, 8, 8].item() for image in y}) > 20  # and every image has its own shift
 
@@ -49,10 +68,36 @@ def test_frechet_distance_of_samples_in_its_features(trained, tmp_path):
     """The training images against themselves give 0; samples of an untrained network do not."""
     torch.manual_seed(0)
     net = UNet(**PRESETS["tiny"])
-    save_checkpoint(tmp_path / "ckpt.pt", dict(kind="unet", config=net.config, image_size=16, model=net.state_dict(),
-                                               ema=net.state_dict(), args=dict(data="synthetic:400")))
-    run(sample, "--ckpt", tmp_path / "ckpt.pt", "--n", 40, "--steps", 2, "--fid", "--features", trained / "classifier.pt",
-        "--device", "cpu", "--out", tmp_path, "--data-root", tmp_path, "--no-png")
+    save_checkpoint(
+        tmp_path / "ckpt.pt",
+        dict(
+            kind="unet",
+            config=net.config,
+            image_size=16,
+            model=net.state_dict(),
+            ema=net.state_dict(),
+            args=dict(data="synthetic:400"),
+        ),
+    )
+    run(
+        sample,
+        "--ckpt",
+        tmp_path / "ckpt.pt",
+        "--n",
+        40,
+        "--steps",
+        2,
+        "--fid",
+        "--features",
+        trained / "classifier.pt",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path,
+        "--data-root",
+        tmp_path,
+        "--no-png",
+    )
     record = json.loads((tmp_path / "metrics.json").read_text())
     assert record["Fréchet distance in classifier.pt features"] > 1 and record["n_reference"] == 400
     assert "FID" not in record  # it is not one
@@ -65,7 +110,9 @@ def test_frechet_distance_of_samples_in_its_features(trained, tmp_path):
     assert metrics.frechet_distance(*metrics.moments(features), *metrics.moments(features)) < 1e-6
 
 
-@pytest.mark.parametrize("args, message", [(("--data", "folder:x"), "--test"), (("--epochs", 0), "--epochs 0")])
+@pytest.mark.parametrize(
+    "args, message", [(("--data", "folder:x"), "--test"), (("--epochs", 0), "--epochs 0")]
+)
 def test_bad_input_is_one_line(capsys, tmp_path, args, message):
     with pytest.raises(SystemExit) as e:
         run(classifier, "--out", tmp_path, "--device", "cpu", *args)

@@ -38,8 +38,17 @@ def ckpts(tmp_path_factory):
         net = UNet(**PRESETS["tiny"])
         torch.nn.init.normal_(net.conv_out.weight, std=0.05)
         path.parent.mkdir()
-        save_checkpoint(path, dict(kind="unet", config=net.config, image_size=8, model=net.state_dict(), ema=net.state_dict(),
-                                   args=dict(data="synthetic:64", p=0.9, sigma=0.2, seed=0)))
+        save_checkpoint(
+            path,
+            dict(
+                kind="unet",
+                config=net.config,
+                image_size=8,
+                model=net.state_dict(),
+                ema=net.state_dict(),
+                args=dict(data="synthetic:64", p=0.9, sigma=0.2, seed=0),
+            ),
+        )
     return paths
 
 
@@ -49,9 +58,30 @@ def compared(ckpts, tmp_path_factory):
     out, loads, threads = tmp_path_factory.mktemp("compared"), [], torch.get_num_threads()
     torch.set_num_threads(1)  # as under torchrun
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(sample, "features_network", lambda *a: loads.append(a) or (Colours(), "FID", "colours"))
-        assert call(compare, "--ckpt", *ckpts, *FLAGS, "--steps", 2, 3, "--spacing", "respaced", "naive", "truncated", "--fid",
-                    "--data-root", out / "data", "--out", out) == 0
+        m.setattr(
+            sample, "features_network", lambda *a: loads.append(a) or (Colours(), "FID", "colours")
+        )
+        assert (
+            call(
+                compare,
+                "--ckpt",
+                *ckpts,
+                *FLAGS,
+                "--steps",
+                2,
+                3,
+                "--spacing",
+                "respaced",
+                "naive",
+                "truncated",
+                "--fid",
+                "--data-root",
+                out / "data",
+                "--out",
+                out,
+            )
+            == 0
+        )
     assert len(loads) == 1  # the network that scores is loaded once
     yield out
     torch.set_num_threads(threads)
@@ -60,8 +90,13 @@ def compared(ckpts, tmp_path_factory):
 def test_as_trained_on_shows_the_share_of_faulty_images():
     args = argparse.Namespace(data=None, data_root="", n=6)
     for seed in (0, 1):
-        (_, clean), (_, seen) = compare.training_rows([("synthetic:9000", 0.3, 0.2, seed, "gauss")] * 2, 8, args)
-        assert len(clean) == 2000 and ((clean != seen).flatten(1).any(1).double().mean() - 0.3).abs() < 0.04
+        (_, clean), (_, seen) = compare.training_rows(
+            [("synthetic:9000", 0.3, 0.2, seed, "gauss")] * 2, 8, args
+        )
+        assert (
+            len(clean) == 2000
+            and ((clean != seen).flatten(1).any(1).double().mean() - 0.3).abs() < 0.04
+        )
 
 
 def record(folder):
@@ -74,22 +109,43 @@ def images(folder):
 
 def test_tables_hold_the_numbers_of_the_records(compared):
     lines = (compared / "steps.md").read_text().splitlines()
-    assert lines[0] == "ddpm, n = 6: noise_level / FID / IS / recall" and lines[2] == "| checkpoint | spacing | 3 | 2 |"
+    assert (
+        lines[0] == "ddpm, n = 6: noise_level / FID / IS / recall"
+        and lines[2] == "| checkpoint | spacing | 3 | 2 |"
+    )
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:]]
-    assert [row[:2] for row in rows] == [[c, s] for c in ("ddpm", "robust") for s in ("respaced", "naive", "truncated")]
+    assert [row[:2] for row in rows] == [
+        [c, s] for c in ("ddpm", "robust") for s in ("respaced", "naive", "truncated")
+    ]
     table = dict(line.split(",", 1) for line in (compared / "table.csv").read_text().splitlines())
     columns = table.pop("name").split(",")
-    assert {"noise_level", "brightness_std", "power_1", "FID", "IS", "recall", "coverage", "n_reference"} <= set(columns)
+    assert {
+        "noise_level",
+        "brightness_std",
+        "power_1",
+        "FID",
+        "IS",
+        "recall",
+        "coverage",
+        "n_reference",
+    } <= set(columns)
     for name, spacing, *cells in rows:
         for steps, cell in zip((3, 2), cells):
             r = record(compared / f"{name}-{steps}-{spacing}")
-            assert (r["steps"], r["spacing"], r["n"], r["reference"]) == (steps, spacing, 6, "synthetic:64")
+            assert (r["steps"], r["spacing"], r["n"], r["reference"]) == (
+                steps,
+                spacing,
+                6,
+                "synthetic:64",
+            )
             assert cell == " / ".join(f"{r[k]:.4g}" for k in ("noise_level", "FID", "IS", "recall"))
             row = dict(zip(columns, table.pop(f"{name}-{steps}-{spacing}").split(",")))
             assert float(row.pop("from_clean")) > 0
             assert row == {k: f"{r[k]:.4f}" for k in row}
     assert len({cell for row in rows for cell in row[2:]}) == 12  # no two samples alike
-    clean, noisy = (float(table.pop(k).split(",")[0]) for k in ("clean training images", "as trained on"))
+    clean, noisy = (
+        float(table.pop(k).split(",")[0]) for k in ("clean training images", "as trained on")
+    )
     assert not table and noisy > clean + 0.05
     assert (compared / "side_by_side.png").exists() and (compared / "steps.png").exists()
 
@@ -105,24 +161,44 @@ def test_two_processes_make_the_same_samples(compared, ckpts, tmp_path, monkeypa
     """As under torchrun; the first process is this one."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE="2", RANK="0", OMP_NUM_THREADS="1")
+        env = dict(
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(s.getsockname()[1]),
+            WORLD_SIZE="2",
+            RANK="0",
+            OMP_NUM_THREADS="1",
+        )
     for k, v in env.items():
         monkeypatch.setenv(k, v)
     join = dist.init_process_group
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: join(backend, timeout=timedelta(minutes=4)))
+    monkeypatch.setattr(
+        dist,
+        "init_process_group",
+        lambda backend, timeout: join(backend, timeout=timedelta(minutes=4)),
+    )
     flags = ["--ckpt", *ckpts, *FLAGS, "--steps", "3", "--out", tmp_path]
-    other = subprocess.Popen([sys.executable, compare.__file__, *flags], env=os.environ | dict(RANK="1"))
+    other = subprocess.Popen(
+        [sys.executable, compare.__file__, *flags], env=os.environ | dict(RANK="1")
+    )
     assert call(compare, *flags) == 0 and other.wait(240) == 0
     for name in ("ddpm", "robust"):  # what does not differ is not in the name
         assert np.array_equal(images(tmp_path / name), images(compared / f"{name}-3-respaced"))
     assert (tmp_path / "side_by_side.png").exists() and not (tmp_path / "steps.md").exists()
 
 
-@pytest.mark.parametrize("flags, message", [
-    ("--ckpt {0} {0}", "share the folder"), ("--ckpt {0} --steps 2 2", "share the folder"),
-    ("--ckpt {0} --steps 3 0", "--steps 0"), ("--ckpt {0} --steps 3 --spacing respaced even", "--spacing even"),
-    ("--ckpt {0} --steps 3 --spacing naive --sampler ddim", "--spacing naive"), ("--ckpt {0} --n 0", "--n 0"),
-    ("--ckpt {0} none.pt", "no such checkpoint"), ("--ckpt {0} --fid --inception-weights none.pth", "no such file")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--ckpt {0} {0}", "share the folder"),
+        ("--ckpt {0} --steps 2 2", "share the folder"),
+        ("--ckpt {0} --steps 3 0", "--steps 0"),
+        ("--ckpt {0} --steps 3 --spacing respaced even", "--spacing even"),
+        ("--ckpt {0} --steps 3 --spacing naive --sampler ddim", "--spacing naive"),
+        ("--ckpt {0} --n 0", "--n 0"),
+        ("--ckpt {0} none.pt", "no such checkpoint"),
+        ("--ckpt {0} --fid --inception-weights none.pth", "no such file"),
+    ],
+)
 def test_bad_input_is_refused_before_any_work(capsys, monkeypatch, ckpts, tmp_path, flags, message):
     monkeypatch.setattr(sample, "sample_uint8", None)
     assert call(compare, *FLAGS, *flags.format(ckpts[0]).split(), "--out", tmp_path / "o") == 2
@@ -135,14 +211,32 @@ def test_fid_needs_a_reference(capsys, monkeypatch, ckpts, tmp_path):
     ckpt = torch.load(ckpts[0], weights_only=True)
     monkeypatch.setattr(sample, "features_network", lambda *a: (Colours(), "FID", "colours"))
     monkeypatch.setattr(sample, "sample_uint8", None)
-    for trained, message in (({}, "give --data NAME"), (dict(data="folder:/nowhere"), "no such folder")):
+    for trained, message in (
+        ({}, "give --data NAME"),
+        (dict(data="folder:/nowhere"), "no such folder"),
+    ):
         save_checkpoint(tmp_path / "ckpt.pt", ckpt | dict(args=trained))
-        assert call(compare, "--ckpt", ckpts[0], tmp_path / "ckpt.pt", *FLAGS, "--fid", "--out", tmp_path / "o",
-                    "--data-root", tmp_path) == 2
+        assert (
+            call(
+                compare,
+                "--ckpt",
+                ckpts[0],
+                tmp_path / "ckpt.pt",
+                *FLAGS,
+                "--fid",
+                "--out",
+                tmp_path / "o",
+                "--data-root",
+                tmp_path,
+            )
+            == 2
+        )
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", ["--ckpt a b", "--ckpt a --steps 10 20", "--ckpt a --spacing naive respaced"])
+@pytest.mark.parametrize(
+    "flags", ["--ckpt a b", "--ckpt a --steps 10 20", "--ckpt a --spacing naive respaced"]
+)
 def test_sample_py_points_here(capsys, flags):
     assert call(sample, *flags.split()) == 2
     err = capsys.readouterr().err.splitlines()

@@ -35,7 +35,9 @@ class Counting:
 
     def __call__(self, graph, inputs):
         tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
-        self.sizes.append(next(len(x) for x in tensors if x.shape[1:] == (3, 8, 8)))  # of the images
+        self.sizes.append(
+            next(len(x) for x in tensors if x.shape[1:] == (3, 8, 8))
+        )  # of the images
         return graph.forward
 
 
@@ -44,7 +46,9 @@ def counting(monkeypatch):
     """torch.compile with that backend."""
     torch._dynamo.reset()
     backend, compile_ = Counting(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile_(f, backend=backend, dynamic=False))
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **kw: compile_(f, backend=backend, dynamic=False)
+    )
     yield backend
     torch._dynamo.reset()
 
@@ -54,8 +58,16 @@ def counting(monkeypatch):
 
 def test_batches():
     numbers = list(range(3, 10))
-    assert list(sample.batches(numbers, 3, padded=False)) == [([3, 4, 5], 3), ([6, 7, 8], 3), ([9], 1)]
-    assert list(sample.batches(numbers, 3, padded=True)) == [([3, 4, 5], 3), ([6, 7, 8], 3), ([9, 9, 9], 1)]
+    assert list(sample.batches(numbers, 3, padded=False)) == [
+        ([3, 4, 5], 3),
+        ([6, 7, 8], 3),
+        ([9], 1),
+    ]
+    assert list(sample.batches(numbers, 3, padded=True)) == [
+        ([3, 4, 5], 3),
+        ([6, 7, 8], 3),
+        ([9, 9, 9], 1),
+    ]
     assert list(sample.batches(numbers, 9, padded=True)) == [(numbers, 7)]
     assert list(sample.batches([], 9, padded=True)) == []
 
@@ -63,27 +75,46 @@ def test_batches():
 def test_a_sample_compiles_one_graph(counting):
     args = argparse.Namespace(batch_size=3, seed=1, sampler="ddpm", amp="fp32")
     net = network()
-    plain, full = (sample.sample_uint8(model, 8, 7, args, DDPM, torch.device("cpu"), 0, 1)
-                   for model in (net, torch.compile(net)))
+    plain, full = (
+        sample.sample_uint8(model, 8, 7, args, DDPM, torch.device("cpu"), 0, 1)
+        for model in (net, torch.compile(net))
+    )
     assert len(counting.sizes) == 1
     assert abs(plain.astype(int) - full).max() <= 1  # grey level: the batch size moves the rounding
 
 
 def test_an_attack_compiles_no_graph_for_a_short_batch(counting):
-    args = argparse.Namespace(n=4, seed=1, sampler="ddpm", amp="fp32", scale="std", phi=1.0, attack_iters=1,
-                              attack_factor=2.0, eot=0, batch_size=3)
+    args = argparse.Namespace(
+        n=4,
+        seed=1,
+        sampler="ddpm",
+        amp="fp32",
+        scale="std",
+        phi=1.0,
+        attack_iters=1,
+        attack_factor=2.0,
+        eot=0,
+        batch_size=3,
+    )
     runs, net, graphs = [(0.0, "none"), (1.0, "adversarial"), (1.0, "random")], network(), {}
     for n in (3, 4):
         args.n = n
         torch._dynamo.reset()
         counting.sizes.clear()
         bar = argparse.Namespace(update=lambda n: None)
-        images, rows = attack.attacked_samples(torch.compile(net), 8, args, DDPM, runs, torch.device("cpu"), 0, 1, bar)
+        images, rows = attack.attacked_samples(
+            torch.compile(net), 8, args, DDPM, runs, torch.device("cpu"), 0, 1, bar
+        )
         graphs[n] = len(counting.sizes)
     assert graphs[3] == graphs[4]
-    plain, plain_rows = attack.attacked_samples(net, 8, args, DDPM, runs, torch.device("cpu"), 0, 1, bar)
+    plain, plain_rows = attack.attacked_samples(
+        net, 8, args, DDPM, runs, torch.device("cpu"), 0, 1, bar
+    )
     assert abs(plain.astype(int) - images).max() <= 1
-    counted = [attack.TALLY.index(name) for name in ("outside", "steps", "elements", "nonfinite", "probes", "lost")]
+    counted = [
+        attack.TALLY.index(name)
+        for name in ("outside", "steps", "elements", "nonfinite", "probes", "lost")
+    ]
     assert torch.equal(rows[..., counted], plain_rows[..., counted])
 
 
@@ -92,20 +123,60 @@ def files(tmp_path_factory):
     out, net = tmp_path_factory.mktemp("compiled"), network()
     torch.manual_seed(0)
     clf = WideResNet(10, 1, 10)
-    save_checkpoint(out / "ckpt.pt", dict(kind="unet", config=net.config, image_size=8, model=net.state_dict(),
-                                          ema=net.state_dict(), args=dict(data="synthetic:64")))
-    save_checkpoint(out / "classifier.pt", dict(kind="classifier", config=clf.config, model=clf.state_dict()))
+    save_checkpoint(
+        out / "ckpt.pt",
+        dict(
+            kind="unet",
+            config=net.config,
+            image_size=8,
+            model=net.state_dict(),
+            ema=net.state_dict(),
+            args=dict(data="synthetic:64"),
+        ),
+    )
+    save_checkpoint(
+        out / "classifier.pt", dict(kind="classifier", config=clf.config, model=clf.state_dict())
+    )
     return out
 
 
 def test_purification_compiles_no_graph_for_a_short_batch(files, tmp_path, counting):
     """Neither for the last images nor for the last draws: 4 images in threes, 3 draws in twos."""
+
     def run(n, *flags):
         torch._dynamo.reset()
         counting.sizes.clear()
-        assert cli.call(purify, "--ckpt", files / "ckpt.pt", "--classifier", files / "classifier.pt", "--data",
-                        "synthetic:64", "--n", n, "--batch-size", 3, "--pgd", 1, "--eot", 3, "--nfe", 1, "--purifier", "ddpm",
-                        "--knowledge", "white", "--device", "cpu", "--out", tmp_path, *flags) == 0
+        assert (
+            cli.call(
+                purify,
+                "--ckpt",
+                files / "ckpt.pt",
+                "--classifier",
+                files / "classifier.pt",
+                "--data",
+                "synthetic:64",
+                "--n",
+                n,
+                "--batch-size",
+                3,
+                "--pgd",
+                1,
+                "--eot",
+                3,
+                "--nfe",
+                1,
+                "--purifier",
+                "ddpm",
+                "--knowledge",
+                "white",
+                "--device",
+                "cpu",
+                "--out",
+                tmp_path,
+                *flags,
+            )
+            == 0
+        )
         return list(counting.sizes), (tmp_path / "table.csv").read_text().splitlines()[1].split(",")
 
     short, table = run(4, "--compile", "--eot-batch", 2)
@@ -123,8 +194,16 @@ def test_a_classifier_is_compiled_if_asked(files, counting, monkeypatch):
     path, x = files / "classifier.pt", torch.rand(2, 3, 8, 8)
     plain, compiled = load_classifier(path), load_classifier(path, compiled=True)
     assert isinstance(load_classifier(path, compiled=None), WideResNet)  # a CPU
-    assert torch.equal(plain(x), compiled(x)) and counting.sizes == [2] and compiled.config["classes"] == 10
-    monkeypatch.setattr(WideResNet, "to", lambda self, device, memory_format: self.train(memory_format == torch.channels_last))
+    assert (
+        torch.equal(plain(x), compiled(x))
+        and counting.sizes == [2]
+        and compiled.config["classes"] == 10
+    )
+    monkeypatch.setattr(
+        WideResNet,
+        "to",
+        lambda self, device, memory_format: self.train(memory_format == torch.channels_last),
+    )
     assert load_classifier(path, "cuda").training  # a mark that it was asked for channels_last
 
 
@@ -157,7 +236,13 @@ def elsewhere():
     assert schedule.sigmas  # read once
     with torch.device("meta"):
         classifier = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
-        return Eps(3, 3, 3, padding=1), classifier, schedule.to("meta"), torch.rand(2, 3, 8, 8), torch.arange(2)
+        return (
+            Eps(3, 3, 3, padding=1),
+            classifier,
+            schedule.to("meta"),
+            torch.rand(2, 3, 8, 8),
+            torch.arange(2),
+        )
 
 
 @pytest.mark.parametrize("sampler", purify.SAMPLERS)
@@ -167,10 +252,14 @@ def test_purification_never_waits_for_the_gpu(sampler, monkeypatch):
         return torch.randn(len(index), *shape, device="meta")
 
     monkeypatch.setattr(purify, "noise_on", lambda kind: noise)
-    monkeypatch.setattr(sample, "autocast", lambda *a: contextlib.nullcontext())  # which knows no "meta"
+    monkeypatch.setattr(
+        sample, "autocast", lambda *a: contextlib.nullcontext()
+    )  # which knows no "meta"
     args = argparse.Namespace(seed=0, eot=2, eot_batch=2, pgd=2, evaluations=2)
     net, classifier, schedule, x, index = elsewhere()
-    purifier = purify.PurifiedClassifier(net, schedule, classifier, sampler, nfe=2, check_range=False)
+    purifier = purify.PurifiedClassifier(
+        net, schedule, classifier, sampler, nfe=2, check_range=False
+    )
     with Copies() as copies:
         row = purify.evaluate(purifier, x, index, index, args, "fwd", "l2")
     assert copies.seen == [] and {v.device.type for v in row.values()} == {"meta"}
@@ -181,7 +270,9 @@ def test_the_attacked_step_copies_nothing_to_the_gpu(kind):
     pairs, step = attack.sampler_steps("ddpm", DDPM, 1000)
     net, _, schedule, x, index = elsewhere()
     tally = torch.zeros(2, len(attack.TALLY), dtype=torch.float64, device="meta")
-    on_step = attack.attack(net, schedule, pairs, step, index, 0, [0, 1], kind, iters=2, eot=1, tally=tally)
+    on_step = attack.attack(
+        net, schedule, pairs, step, index, 0, [0, 1], kind, iters=2, eot=1, tally=tally
+    )
     with Copies() as copies:
         for i, (t, _) in enumerate(pairs):
             on_step(i, t, x)

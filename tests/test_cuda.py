@@ -37,13 +37,18 @@ try:
     import kernels
     from kernels import CPU, CUDA
 except (ImportError, AttributeError) as e:
-    pytest.skip(f"kernels.py: PyTorch {torch.__version__} has moved a private name: {e}", allow_module_level=True)
+    pytest.skip(
+        f"kernels.py: PyTorch {torch.__version__} has moved a private name: {e}",
+        allow_module_level=True,
+    )
 
 SHAPE = dict(channels=(32, 32), attention=(False, True), blocks=1, dropout=0.1)
 HEUN = sample.heun_timesteps(NoiseSchedule(), 3)
 B, S = 4, 8
 needs_codegen = pytest.mark.cuda_codegen
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: its tests are the others, run on it")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a GPU is here: its tests are the others, run on it"
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # devices
@@ -59,9 +64,15 @@ def fake_cuda():
         assert x.device == CPU, "numpy() of a tensor on the GPU"
         return np.ones(x.shape, np.float32)
 
-    with kernels.pretended_gpu() as mode, mode, kernels.eager_autograd(), \
-            mock.patch.dict(impls, {scalar: lambda mode, func, x: 1.0 if x.dtype.is_floating_point else 1}), \
-            mock.patch.object(torch.Tensor, "numpy", numpy):
+    with (
+        kernels.pretended_gpu() as mode,
+        mode,
+        kernels.eager_autograd(),
+        mock.patch.dict(
+            impls, {scalar: lambda mode, func, x: 1.0 if x.dtype.is_floating_point else 1}
+        ),
+        mock.patch.object(torch.Tensor, "numpy", numpy),
+    ):
         yield
 
 
@@ -94,7 +105,13 @@ def classifier():
     net = WideResNet(10, 1, 10)
     for module in net.modules():
         for values in (module._parameters, module._buffers):
-            values.update({k: torch.empty(v.shape, dtype=v.dtype, device=CUDA) for k, v in values.items() if v is not None})
+            values.update(
+                {
+                    k: torch.empty(v.shape, dtype=v.dtype, device=CUDA)
+                    for k, v in values.items()
+                    if v is not None
+                }
+            )
     for p in net.parameters():
         p.requires_grad_(False)
     return net.eval()
@@ -105,7 +122,9 @@ def always(method):
     return ["--reg-last", "1"] if "reg_last" in train.OBJECTIVES[method][1] else []
 
 
-@pytest.mark.parametrize("method", ["none", "ran", "adv", "inv-ran", "inv-adv", "huber", "ambient", "addt"])
+@pytest.mark.parametrize(
+    "method", ["none", "ran", "adv", "inv-ran", "inv-adv", "huber", "ambient", "addt"]
+)
 def test_devices_of_a_training_step(gpu, method):
     args = train.parse_args(["--robust", method, "--amp", "fp32", *always(method)])
     state = train.prepare(network().train(), args, CUDA)
@@ -119,7 +138,17 @@ def test_devices_of_a_training_step(gpu, method):
 
 def drawn(sampler, **options):
     index = torch.zeros(B, dtype=torch.int64, device=CUDA)
-    return sample.generate(network().eval(), NoiseSchedule().to(CUDA), index, (3, S, S), 0, CUDA, sampler, steps=3, **options)
+    return sample.generate(
+        network().eval(),
+        NoiseSchedule().to(CUDA),
+        index,
+        (3, S, S),
+        0,
+        CUDA,
+        sampler,
+        steps=3,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "heun"])
@@ -140,9 +169,17 @@ def test_a_cpu_tensor_in_a_sampler_is_seen(gpu, monkeypatch):
 def test_devices_of_a_batch(gpu, kind, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     x = CorruptedImages.__new__(CorruptedImages)
-    vars(x).update(device=CUDA, seed=0, sigma=0.5, corrupt=kind, streams=False, _noise=image_noise,
-                   images=torch.zeros(9, S, S, 3, dtype=torch.uint8, device=CUDA), foreign=torch.zeros(
-                       9, S, S, 3, dtype=torch.uint8, device=CUDA), corrupted=torch.ones(9, dtype=torch.bool, device=CUDA))
+    vars(x).update(
+        device=CUDA,
+        seed=0,
+        sigma=0.5,
+        corrupt=kind,
+        streams=False,
+        _noise=image_noise,
+        images=torch.zeros(9, S, S, 3, dtype=torch.uint8, device=CUDA),
+        foreign=torch.zeros(9, S, S, 3, dtype=torch.uint8, device=CUDA),
+        corrupted=torch.ones(9, dtype=torch.bool, device=CUDA),
+    )
     index = torch.zeros(B, dtype=torch.int64, device=CUDA)
     assert x.batch(index, index > 0).device == CUDA
 
@@ -152,16 +189,22 @@ def test_devices_of_the_attack(gpu):
     options = dict(steps=2, spacing="respaced", clip=True, variance="fixed-large")
     pairs, step = attack.sampler_steps("ddpm", options, schedule.T)
     tally = torch.zeros(B, len(attack.TALLY), dtype=torch.float64, device=CUDA)
-    on_step = attack.attack(network().eval(), schedule, pairs, step, index, 0, [0, 1], iters=2, eot=1, tally=tally)
+    on_step = attack.attack(
+        network().eval(), schedule, pairs, step, index, 0, [0, 1], iters=2, eot=1, tally=tally
+    )
     assert on_step(0, pairs[0][0], images(1)[0]).device == CUDA
 
 
 @pytest.mark.parametrize("sampler", purify.SAMPLERS)
 def test_devices_of_a_purifier_under_attack(gpu, sampler, monkeypatch):
-    monkeypatch.setattr(purify, "noise_on", lambda kind: data.image_noise)  # compiled on a GPU: see test_kernels_of_the_noise
+    monkeypatch.setattr(
+        purify, "noise_on", lambda kind: data.image_noise
+    )  # compiled on a GPU: see test_kernels_of_the_noise
     monkeypatch.setattr(purify, "heun_sample", sample.heun_sample)
     monkeypatch.setattr(sample, "heun_timesteps", lambda *args: HEUN)
-    net = purify.PurifiedClassifier(network(), NoiseSchedule().to(CUDA), classifier(), sampler, t_star=2, nfe=2, rounds=1)
+    net = purify.PurifiedClassifier(
+        network(), NoiseSchedule().to(CUDA), classifier(), sampler, t_star=2, nfe=2, rounds=1
+    )
     x, y = images(1)[0], torch.zeros(B, dtype=torch.int64, device=CUDA)
     args = SimpleNamespace(seed=0, pgd=1, eot=1, eot_batch=1, evaluations=1)
     row = purify.evaluate(net, x, y, torch.arange(B), args, "white", "l2")
@@ -181,8 +224,10 @@ def test_devices_of_search_and_features(gpu):
 # ---------------------------------------------------------------------------------------------------------------------
 # kernels
 
-HEAD = ("import triton\nimport triton.language as tl\nfrom torch._inductor.runtime import triton_helpers\n"
-        "from torch._inductor.runtime.triton_helpers import libdevice, math as tl_math\n")
+HEAD = (
+    "import triton\nimport triton.language as tl\nfrom torch._inductor.runtime import triton_helpers\n"
+    "from torch._inductor.runtime.triton_helpers import libdevice, math as tl_math\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -195,16 +240,22 @@ def inductor():
             return make()
 
     try:
-        run(lambda: kernels.inductor_code(lambda x: (2 * x).sin(), [torch.ones(8, device=CUDA)], [True]))
+        run(
+            lambda: kernels.inductor_code(
+                lambda x: (2 * x).sin(), [torch.ones(8, device=CUDA)], [True]
+            )
+        )
     except Exception as e:
-        pytest.skip(f"Inductor's code cannot be had without a GPU in PyTorch {torch.__version__}: {type(e).__name__} {e}")
+        pytest.skip(
+            f"Inductor's code cannot be had without a GPU in PyTorch {torch.__version__}: {type(e).__name__} {e}"
+        )
     return run
 
 
 def loaded(kernel, folder):
     """The kernel's Triton function, without the decorators that ask for a driver."""
     path = folder / f"{kernel.name}.py"
-    path.write_text(HEAD + kernel.source[kernel.source.index("@triton.jit"):])
+    path.write_text(HEAD + kernel.source[kernel.source.index("@triton.jit") :])
     spec = importlib.util.spec_from_file_location(f"{kernel.name}_{abs(hash(kernel.source))}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -219,24 +270,32 @@ def compile_all(codes, folder, targets=(80, 90)):
 
     found = {}
     for kernel in (k for code in codes for k in kernels.triton_kernels(code.text)):
-        body = kernel.source[kernel.source.index("@triton.jit"):].replace(kernel.name, "kernel")
+        body = kernel.source[kernel.source.index("@triton.jit") :].replace(kernel.name, "kernel")
         # sizes differ from layer to layer, which changes no type
         found.setdefault((re.sub(r"\b\d{2,}\b", "N", body), str(kernel.signature)), kernel)
     for kernel in found.values():
         constants = {name: 16 for name, kind in kernel.signature.items() if kind == "constexpr"}
         for target in targets:
-            source = ASTSource(fn=loaded(kernel, folder), signature=kernel.signature, constexprs=constants)
+            source = ASTSource(
+                fn=loaded(kernel, folder), signature=kernel.signature, constexprs=constants
+            )
             try:
                 compile(source, target=GPUTarget("cuda", target, 32))
             except Exception as e:
-                raise AssertionError(f"{kernel.name}, sm_{target}: {str(e).strip().splitlines()[-1]}") from e
+                raise AssertionError(
+                    f"{kernel.name}, sm_{target}: {str(e).strip().splitlines()[-1]}"
+                ) from e
     return len(found)
 
 
 def noise_code(function=image_noise):
-    index, stream = torch.zeros(3, dtype=torch.int64, device=CUDA), torch.zeros((), dtype=torch.int64, device=CUDA)
-    return (kernels.inductor_code(lambda i: function(2**63 + 7, i, CORRUPTION_STREAM, (3, S, S)), [index])
-            + kernels.inductor_code(lambda i, s: function(2**63 + 7, i, s, (3, S, S)), [index, stream]))
+    index, stream = (
+        torch.zeros(3, dtype=torch.int64, device=CUDA),
+        torch.zeros((), dtype=torch.int64, device=CUDA),
+    )
+    return kernels.inductor_code(
+        lambda i: function(2**63 + 7, i, CORRUPTION_STREAM, (3, S, S)), [index]
+    ) + kernels.inductor_code(lambda i, s: function(2**63 + 7, i, s, (3, S, S)), [index, stream])
 
 
 @needs_codegen
@@ -249,7 +308,9 @@ def bare_counter(seed, index, stream, blocks):
     """philox as it was: Inductor keeps the counter, a bare arange, and its first product in int32."""
     mask, index = 0xFFFFFFFF, index.view(-1, 1)
     product = torch.arange(blocks, device=index.device).expand(len(index), -1) * 0xD2511F53
-    return torch.stack(torch.broadcast_tensors(*[(product >> 32 & mask) ^ index, product & mask] * 2), dim=-1)
+    return torch.stack(
+        torch.broadcast_tensors(*[(product >> 32 & mask) ^ index, product & mask] * 2), dim=-1
+    )
 
 
 @needs_codegen
@@ -286,24 +347,40 @@ assert torch.equal(result, philox({seed}, index, {stream}, {blocks})), "the kern
 def test_integer_kernels_equal_eager(inductor, planted, tmp_path):
     """Those of philox in Triton's interpreter, on the CPU, bit for bit; with a digit of a constant changed they differ."""
     index, seed, blocks = [0, 1, 49_999, 2**40 + 3], 2**63 + 2**31 + 7, 48
-    code, = inductor(lambda: kernels.inductor_code(lambda i: philox(seed, i, CORRUPTION_STREAM, blocks),
-                                                   [torch.zeros(4, dtype=torch.int64, device=CUDA)]))
+    (code,) = inductor(
+        lambda: kernels.inductor_code(
+            lambda i: philox(seed, i, CORRUPTION_STREAM, blocks),
+            [torch.zeros(4, dtype=torch.int64, device=CUDA)],
+        )
+    )
     found = kernels.triton_kernels(code.text)
     assert {v for k in found for v in k.signature.values()} == {"*i64", "i32", "constexpr"}
     for kernel in found:
-        body = kernel.source[kernel.source.index("@triton.jit"):]
-        (tmp_path / f"{kernel.name}.py").write_text(HEAD + body.replace("3528531795", "3528531797") if planted else HEAD + body)
+        body = kernel.source[kernel.source.index("@triton.jit") :]
+        (tmp_path / f"{kernel.name}.py").write_text(
+            HEAD + body.replace("3528531795", "3528531797") if planted else HEAD + body
+        )
     assert not planted or "3528531795" in code.text
-    call = code.text[code.text.index("def call("):]
+    call = code.text[code.text.index("def call(") :]
     lines = re.findall(r"^ +((?:buf\d+ = empty_strided_cuda|triton_\w+\.run)\(.*\))", call, re.M)
     lines = [re.sub(r"stream=\w+", "stream=0", line) for line in lines]
     result = re.search(r"return \((\w+), \)", call)[1]
     script = INTERPRET.format(
-        folder=str(tmp_path), root=os.path.dirname(os.path.dirname(os.path.abspath(__file__))), index=index, seed=seed,
-        blocks=blocks, stream=CORRUPTION_STREAM, kernels="\n".join(f"{k.name} = Kernel({k.name!r})" for k in found),
-        lines="\n".join([*lines, f"result = {result}"]))
-    done = subprocess.run([sys.executable, "-c", script], env=os.environ | dict(TRITON_INTERPRET="1"), capture_output=True,
-                          text=True)
+        folder=str(tmp_path),
+        root=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+        index=index,
+        seed=seed,
+        blocks=blocks,
+        stream=CORRUPTION_STREAM,
+        kernels="\n".join(f"{k.name} = Kernel({k.name!r})" for k in found),
+        lines="\n".join([*lines, f"result = {result}"]),
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | dict(TRITON_INTERPRET="1"),
+        capture_output=True,
+        text=True,
+    )
     if planted:
         assert done.returncode != 0 and "not those of eager" in done.stderr
     else:
@@ -329,8 +406,11 @@ def test_kernels_of_the_network(inductor, mode, tmp_path):
 def step_code():
     x, eps, z = images()
     abars = [torch.ones(B, dtype=torch.float64, device=CUDA) for _ in range(2)]
-    return [code for step in (sample.ddpm_step, sample.ddim_step)
-            for code in kernels.inductor_code(lambda *args, step=step: step(*args), [x, eps, z, *abars])]
+    return [
+        code
+        for step in (sample.ddpm_step, sample.ddim_step)
+        for code in kernels.inductor_code(lambda *args, step=step: step(*args), [x, eps, z, *abars])
+    ]
 
 
 @needs_codegen
@@ -347,7 +427,10 @@ def test_noise_is_one_graph_for_all_streams():
     counter, index = CompileCounter(), torch.arange(3)
     noise = torch.compile(image_noise, backend=counter, dynamic=False, fullgraph=True)
     for stream in (0, 5, CORRUPTION_STREAM):
-        assert torch.equal(noise(1, index, torch.tensor(stream), (3, S, S)), image_noise(1, index, stream, (3, S, S)))
+        assert torch.equal(
+            noise(1, index, torch.tensor(stream), (3, S, S)),
+            image_noise(1, index, stream, (3, S, S)),
+        )
     assert counter.frame_count == 1
 
 
@@ -363,7 +446,9 @@ def test_a_graph_break_is_seen(monkeypatch):
 
     monkeypatch.setattr(data, "philox", talks)
     with pytest.raises(torch._dynamo.exc.Unsupported):
-        torch.compile(image_noise, backend="eager", fullgraph=True)(1, torch.arange(3), 0, (3, S, S))
+        torch.compile(image_noise, backend="eager", fullgraph=True)(
+            1, torch.arange(3), 0, (3, S, S)
+        )
 
 
 def test_network_and_sampler_steps_are_one_graph():
@@ -383,7 +468,18 @@ def test_adversarial_training_compiles_two_graphs(share, graphs):
     On a share of the rows the former is also compiled for their number. Dropout's keys change at each step.
     """
     torch._dynamo.reset()
-    flags = ["--robust", "adv", "--amp", "fp32", "--warmup", "0", "--reg-last", "1", "--reg-share", share]
+    flags = [
+        "--robust",
+        "adv",
+        "--amp",
+        "fp32",
+        "--warmup",
+        "0",
+        "--reg-last",
+        "1",
+        "--reg-share",
+        share,
+    ]
     counter, args = CompileCounter(), train.parse_args(list(map(str, flags)))
     state = train.prepare(UNet(**dict(SHAPE, dropout=0.1)).train(), args, CPU, backend=counter)
     generator = torch.Generator()
@@ -408,6 +504,7 @@ def test_loader_thread_only_reads(monkeypatch, tmp_path):
         def call(*args):
             in_main[name].add(threading.current_thread() is threading.main_thread())
             return function(*args)
+
         return call
 
     def streaming(*args):
@@ -424,7 +521,9 @@ def test_loader_thread_only_reads(monkeypatch, tmp_path):
             return noted("read", np.ndarray.__getitem__)(self.view(np.ndarray), index)
 
     monkeypatch.setattr(train, "CorruptedImages", streaming)
-    monkeypatch.setattr(train, "probe", lambda *args: ({}, {}))  # which reads before the loop begins
+    monkeypatch.setattr(
+        train, "probe", lambda *args: ({}, {})
+    )  # which reads before the loop begins
     monkeypatch.setattr(train, "diagnose", lambda *args: {})
     flags = "--model mini --image-size 8 --data synthetic:16 --batch-size 2 --p 0.5 --sigma 0.2 --iters 2 --sample-every 0"
     monkeypatch.setattr(train, "generate", lambda *args, **kw: torch.zeros(64, 3, S, S))

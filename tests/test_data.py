@@ -8,7 +8,15 @@ import torch
 from PIL import Image
 from scipy import ndimage, stats
 
-from data import CORRUPTIONS, CorruptedImages, Order, image_noise, load_images, philox, synthetic_butterflies
+from data import (
+    CORRUPTIONS,
+    CorruptedImages,
+    Order,
+    image_noise,
+    load_images,
+    philox,
+    synthetic_butterflies,
+)
 
 ALL_ONES = 0xFFFFFFFF
 
@@ -40,16 +48,25 @@ def test_philox_known_answers():
     zero = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     assert philox(0, torch.tensor([0]), 0, 1)[0, 0].tolist() == zero
     assert philox_plain([0] * 4, [0] * 2) == zero
-    assert philox_plain([ALL_ONES] * 4, [ALL_ONES] * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
-    assert philox_plain([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0]) == [
-        0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+    assert philox_plain([ALL_ONES] * 4, [ALL_ONES] * 2) == [
+        0x408F276D,
+        0x41C83B0E,
+        0xA20BC7C6,
+        0x6D5451FD,
+    ]
+    assert philox_plain(
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0]
+    ) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
 
     index = torch.tensor([0, 1, 2**32 - 1, 2**32, 2**62 + 12345])
     for seed, stream in ((0, 0), (1, 2), (2**63 + 2**31 + 7, ALL_ONES), (2**64 - 1, 2**31)):
         bits = philox(seed, index, stream, 3)
         assert bits.shape == (5, 3, 4) and bits.dtype == torch.int64
         for row, i in zip(bits.tolist(), index.tolist()):
-            assert row == [philox_plain([block, stream, i % 2**32, i >> 32], [seed % 2**32, seed >> 32]) for block in range(3)]
+            assert row == [
+                philox_plain([block, stream, i % 2**32, i >> 32], [seed % 2**32, seed >> 32])
+                for block in range(3)
+            ]
 
 
 def test_image_noise_is_standard_normal():
@@ -63,8 +80,11 @@ def test_image_noise_is_standard_normal():
 def test_image_noise_is_independent():
     """No correlation of values or of squares, between elements of a row, rows, streams or seeds."""
     z = image_noise(3, torch.arange(1000), 0, (100,)).double()
-    others = [z.roll(k, 1) for k in (1, 2, 50)] + [z.roll(1, 0), image_noise(3, torch.arange(1000), 1, (100,)),
-                                                   image_noise(4, torch.arange(1000), 0, (100,))]
+    others = [z.roll(k, 1) for k in (1, 2, 50)] + [
+        z.roll(1, 0),
+        image_noise(3, torch.arange(1000), 1, (100,)),
+        image_noise(4, torch.arange(1000), 0, (100,)),
+    ]
     for other in others:
         for a, b in ((z, other), (z.square(), other.square())):
             assert abs(np.corrcoef(a.flatten(), b.flatten())[0, 1]) < 5 / 100_000**0.5
@@ -78,7 +98,9 @@ def test_image_noise_belongs_to_the_image(shape):
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     assert torch.equal(image_noise(0, order, 7, shape), whole[order])
     for n in (1, 3, 16):
-        assert torch.equal(torch.cat([image_noise(0, part, 7, shape) for part in index.split(n)]), whole)
+        assert torch.equal(
+            torch.cat([image_noise(0, part, 7, shape) for part in index.split(n)]), whole
+        )
     assert len(whole.flatten(1).unique(dim=0)) == 40
 
 
@@ -99,7 +121,11 @@ def test_clean_images_are_the_pixels():
     images[0], images[1] = 0, 255
     data = CorruptedImages(images, p=0.0, sigma=0.5)
     x = data.batch(torch.arange(20))
-    assert x.shape == (20, 3, 8, 8) and x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
+    assert (
+        x.shape == (20, 3, 8, 8)
+        and x.dtype == torch.float32
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
     assert (x[0] == -1).all() and (x[1] == 1).all()
     np.testing.assert_allclose(x.permute(0, 2, 3, 1), images / 127.5 - 1, atol=1e-6)
     assert torch.equal(CorruptedImages(images, p=1.0, sigma=0.0).batch(torch.arange(20)), x)
@@ -115,7 +141,9 @@ def test_corruption_is_gaussian_of_sigma(sigma):
 
 
 def test_corruption_is_not_clipped():
-    x = CorruptedImages(np.full((100, 8, 8, 3), 255, np.uint8), p=1.0, sigma=0.2).batch(torch.arange(100))
+    x = CorruptedImages(np.full((100, 8, 8, 3), 255, np.uint8), p=1.0, sigma=0.2).batch(
+        torch.arange(100)
+    )
     assert (x > 1).float().mean().item() == pytest.approx(0.5, abs=0.02)
 
 
@@ -126,7 +154,9 @@ def test_corruption_is_fixed_per_image():
     whole = data.batch(torch.arange(200))
     assert torch.equal(data.batch(index), whole[index])
     assert torch.equal(torch.cat([data.batch(part) for part in index.split(7)]), whole[index])
-    assert torch.equal(CorruptedImages(images, p=0.9, sigma=0.2, seed=4).batch(torch.arange(200)), whole)
+    assert torch.equal(
+        CorruptedImages(images, p=0.9, sigma=0.2, seed=4).batch(torch.arange(200)), whole
+    )
     other = CorruptedImages(images, p=0.9, sigma=0.2, seed=5)
     assert not torch.equal(other.corrupted, data.corrupted)
     both = data.corrupted & other.corrupted
@@ -144,7 +174,9 @@ def test_streaming_is_resident(tmp_path):
     """A memory map that exceeds the budget yields the same batches as the array."""
     np.save(tmp_path / "a.npy", pixels(100))
     mapped, index = np.load(tmp_path / "a.npy", mmap_mode="r"), torch.arange(99, -1, -3)
-    streamed, resident = (CorruptedImages(mapped, p=0.9, sigma=0.2, budget=budget) for budget in (0, None))
+    streamed, resident = (
+        CorruptedImages(mapped, p=0.9, sigma=0.2, budget=budget) for budget in (0, None)
+    )
     assert streamed.streams and not resident.streams
     assert isinstance(streamed.images, np.memmap) and isinstance(resident.images, torch.Tensor)
     assert len(streamed) == len(resident) == 100 and streamed.shape == resident.shape == (3, 8, 8)
@@ -152,7 +184,13 @@ def test_streaming_is_resident(tmp_path):
 
 
 def test_corruption_refuses_nonsense():
-    for bad in (dict(p=-0.1), dict(p=1.1), dict(sigma=-1.0), dict(sigma=float("nan")), dict(p=float("nan"))):
+    for bad in (
+        dict(p=-0.1),
+        dict(p=1.1),
+        dict(sigma=-1.0),
+        dict(sigma=float("nan")),
+        dict(p=float("nan")),
+    ):
         with pytest.raises(ValueError) as error:
             CorruptedImages(pixels(4), **bad)
         assert one_line(error, "--" + next(iter(bad)))
@@ -174,7 +212,9 @@ def test_order_depends_on_the_position_alone():
     whole = Order(11, seed=3)(0, 60)
     for chunk in (1, 7, 11, 25, 60):
         order = Order(11, seed=3)
-        assert torch.equal(torch.cat([order(i, min(chunk, 60 - i)) for i in range(0, 60, chunk)]), whole)
+        assert torch.equal(
+            torch.cat([order(i, min(chunk, 60 - i)) for i in range(0, 60, chunk)]), whole
+        )
     for first in (50, 3, 22, 0, 59):
         assert torch.equal(order(first, 1), whole[first : first + 1])
     assert torch.equal(Order(11, seed=3)(13, 30), whole[13:43])
@@ -237,7 +277,9 @@ def test_folder_of_classes(tmp_path):
     write(tmp_path / "set" / "ant" / "c.PNG", pixels(1)[0, :, :, 0])  # grey
     (tmp_path / "set" / "notes.txt").write_text("no image")
     images, labels = load(tmp_path / "set", labels_needed=True)
-    assert isinstance(images, np.memmap) and images.dtype == np.uint8 and images.shape == (3, 8, 8, 3)
+    assert (
+        isinstance(images, np.memmap) and images.dtype == np.uint8 and images.shape == (3, 8, 8, 3)
+    )
     assert labels.tolist() == [0, 0, 1]
     assert np.array_equal(images[2], first) and np.array_equal(images[0], second)
     assert np.array_equal(images[1], pixels(1)[0, :, :, :1].repeat(3, axis=2))
@@ -253,7 +295,11 @@ def test_folder_without_classes(tmp_path):
 
 def test_folder_is_resized_and_cropped(tmp_path):
     """Shorter side to S, then the centre: of three stripes the middle one is left; a checkerboard is averaged."""
-    red, green, blue = plain((255, 0, 0), 32, 32), plain((0, 255, 0), 32, 32), plain((0, 0, 255), 32, 32)
+    red, green, blue = (
+        plain((255, 0, 0), 32, 32),
+        plain((0, 255, 0), 32, 32),
+        plain((0, 0, 255), 32, 32),
+    )
     write(tmp_path / "set" / "a.png", np.concatenate([red, green, blue], axis=1))
     write(tmp_path / "set" / "b.png", np.concatenate([red, green, blue], axis=0))
     board = np.indices((64, 64)).sum(0)[..., None] % 2 * np.full(3, 255)
@@ -261,7 +307,9 @@ def test_folder_is_resized_and_cropped(tmp_path):
     write(tmp_path / "set" / "d.png", plain((9, 99, 199), 4, 5))  # enlarged
     images, _ = load(tmp_path / "set", image_size=16)
     assert images.shape == (4, 16, 16, 3)
-    assert (abs(images[:2, 2:-2, 2:-2].astype(int) - [0, 255, 0]) < 8).all()  # the cut lies on the stripes' edges
+    assert (
+        abs(images[:2, 2:-2, 2:-2].astype(int) - [0, 255, 0]) < 8
+    ).all()  # the cut lies on the stripes' edges
     assert (abs(images[2, 1:-1, 1:-1].astype(int) - 127.5) < 8).all()
     assert (images[3] == [9, 99, 199]).all()
 
@@ -274,7 +322,12 @@ def test_folder_is_decoded_once(tmp_path, monkeypatch):
     again, again_labels = load(tmp_path / "set")
     assert np.array_equal(images, again) and np.array_equal(labels, again_labels)
     monkeypatch.undo()
-    assert load(tmp_path / "set", image_size=4)[0].shape == (2, 4, 4, 3)  # another size is another array
+    assert load(tmp_path / "set", image_size=4)[0].shape == (
+        2,
+        4,
+        4,
+        3,
+    )  # another size is another array
 
 
 def test_changes_refresh_the_cache(tmp_path):
@@ -322,7 +375,9 @@ def test_bad_folders(tmp_path):
         with pytest.raises(ValueError) as error:
             load(tmp_path / "set")
         assert one_line(error, tmp_path / "set" / "b.png")
-    assert not list((tmp_path / "root").rglob("*.npy")) and not list((tmp_path / "root").rglob("*.tmp"))
+    assert not list((tmp_path / "root").rglob("*.npy")) and not list(
+        (tmp_path / "root").rglob("*.tmp")
+    )
 
     write(tmp_path / "set" / "b.png", plain((4, 5, 6)))
     assert len(load(tmp_path / "set")[0]) == 2  # repaired, it loads
@@ -344,16 +399,23 @@ def test_bad_names(tmp_path):
 def test_corruption_of_any_kind_is_fixed_per_image(kind):
     """Exactly round(p N) images, the same in any order or split and when streamed; mirror images are of the result."""
     images, index = pixels(90), torch.randperm(90, generator=torch.Generator().manual_seed(0))
-    data, again, streamed, other = (CorruptedImages(images, p=0.7, sigma=0.5, seed=seed, corrupt=kind, budget=budget)
-                                    for seed, budget in ((4, None), (4, None), (4, 0), (5, None)))
+    data, again, streamed, other = (
+        CorruptedImages(images, p=0.7, sigma=0.5, seed=seed, corrupt=kind, budget=budget)
+        for seed, budget in ((4, None), (4, None), (4, 0), (5, None))
+    )
     whole = data.batch(torch.arange(90))
     changed = (whole != data.clean(torch.arange(90))).flatten(1).any(1)
     assert changed.sum() == 63 and torch.equal(changed, data.corrupted)
     for same in (data, again, streamed):
         batches = torch.cat([same.batch(part) for part in index.split(7)])
-        torch.testing.assert_close(batches, whole[index], rtol=0, atol=1e-6 if kind == "blur" else 0)
+        torch.testing.assert_close(
+            batches, whole[index], rtol=0, atol=1e-6 if kind == "blur" else 0
+        )
     flip = torch.arange(90) % 3 == 0
-    assert torch.equal(data.batch(torch.arange(90), flip), torch.where(flip.view(-1, 1, 1, 1), whole.flip(3), whole))
+    assert torch.equal(
+        data.batch(torch.arange(90), flip),
+        torch.where(flip.view(-1, 1, 1, 1), whole.flip(3), whole),
+    )
     assert whole.is_contiguous(memory_format=torch.channels_last) and whole.dtype == torch.float32
     assert not torch.equal(other.corrupted, data.corrupted)
     both, drawn_per_seed = data.corrupted & other.corrupted, kind not in ("blur", "class")
@@ -362,7 +424,10 @@ def test_corruption_of_any_kind_is_fixed_per_image(kind):
 
 def corrupted(kind, sigma, n=1000, size=8):
     """-> clean images, the same images corrupted, both (n, 3, size, size)."""
-    data, index = CorruptedImages(pixels(n, size), p=1.0, sigma=sigma, corrupt=kind), torch.arange(n)
+    data, index = (
+        CorruptedImages(pixels(n, size), p=1.0, sigma=sigma, corrupt=kind),
+        torch.arange(n),
+    )
     return data.clean(index), data.batch(index)
 
 
@@ -391,14 +456,18 @@ def test_salt_pepper():
 def test_blur_against_scipy(sigma):
     clean, x = corrupted("blur", sigma, n=4, size=16)
     radius = min(np.ceil(3 * sigma), 15)
-    expected = ndimage.gaussian_filter(clean.double(), (0, 0, sigma, sigma), mode="mirror", truncate=radius / sigma)
+    expected = ndimage.gaussian_filter(
+        clean.double(), (0, 0, sigma, sigma), mode="mirror", truncate=radius / sigma
+    )
     np.testing.assert_allclose(x, expected, atol=1e-5)
 
 
 def test_patch():
     """A 3x3 square of one colour per image; every one of the 6x6 places occurs about as often."""
     clean, x = corrupted("patch", 0.4)
-    changed = (x != clean).all(1)  # (n, 8, 8); a channel of a pixel equals the colour's with probability 0
+    changed = (x != clean).all(
+        1
+    )  # (n, 8, 8); a channel of a pixel equals the colour's with probability 0
     assert (changed.flatten(1).sum(1) == 9).all()
     rows, columns = changed.any(2), changed.any(1)
     top, left = rows.int().argmax(1), columns.int().argmax(1)
@@ -406,7 +475,10 @@ def test_patch():
     assert stats.chisquare(np.bincount(6 * top + left, minlength=36)).pvalue > 1e-3
     colours = x.permute(0, 2, 3, 1)[changed].view(1000, 9, 3)
     assert (colours == colours[:, :1]).all()
-    assert stats.kstest(colours[:, 0].flatten().double().numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3
+    assert (
+        stats.kstest(colours[:, 0].flatten().double().numpy(), stats.uniform(-1, 2).cdf).pvalue
+        > 1e-3
+    )
 
 
 def test_class_is_butterflies():
@@ -416,7 +488,11 @@ def test_class_is_butterflies():
 
 
 def test_other_corruption_refuses_nonsense():
-    for bad in (dict(corrupt="fog"), dict(sigma=1.5, corrupt="patch"), dict(sigma=1.5, corrupt="salt-pepper")):
+    for bad in (
+        dict(corrupt="fog"),
+        dict(sigma=1.5, corrupt="patch"),
+        dict(sigma=1.5, corrupt="salt-pepper"),
+    ):
         with pytest.raises(ValueError) as error:
             CorruptedImages(pixels(4), p=0.5, **bad)
         assert one_line(error, "--" + next(iter(bad)), bad["corrupt"])

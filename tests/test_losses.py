@@ -66,22 +66,40 @@ def batch(n=64, d=3):
 
 
 def test_eq1_schedule_against_numpy():
-    for ours, ref in ((SCHEDULE.betas, BETAS), (SCHEDULE.alphas_bar, ABAR), (SCHEDULE.alphas_bar_prev, np.r_[1, ABAR[:-1]])):
+    for ours, ref in (
+        (SCHEDULE.betas, BETAS),
+        (SCHEDULE.alphas_bar, ABAR),
+        (SCHEDULE.alphas_bar_prev, np.r_[1, ABAR[:-1]]),
+    ):
         assert ours.dtype == torch.float64
         np.testing.assert_allclose(ours.numpy(), ref, rtol=1e-12)
-    assert NoiseSchedule(T=10, beta_start=0.1, beta_end=0.5).alphas_bar[1].item() == pytest.approx(0.9 * (0.9 - 0.4 / 9))
+    assert NoiseSchedule(T=10, beta_start=0.1, beta_end=0.5).alphas_bar[1].item() == pytest.approx(
+        0.9 * (0.9 - 0.4 / 9)
+    )
 
 
 def test_posterior_variance_is_bayes():
     """Precisions add: 1/beta~_t = 1/(1 - abar_{t-1}) + (1 - beta_t)/beta_t; at t = 0 x_0 is known, so 0."""
-    zero, (abar, before) = torch.zeros(1000, 1, dtype=torch.float64), (SCHEDULE.alphas_bar, SCHEDULE.alphas_bar_prev)
-    var = ddpm_step(zero, zero, zero + 1, abar, before, variance="fixed-small").flatten().numpy() ** 2
-    np.testing.assert_allclose(1 / var[1:], 1 / (1 - ABAR[:-1]) + (1 - BETAS[1:]) / BETAS[1:], rtol=1e-9)
+    zero, (abar, before) = (
+        torch.zeros(1000, 1, dtype=torch.float64),
+        (SCHEDULE.alphas_bar, SCHEDULE.alphas_bar_prev),
+    )
+    var = (
+        ddpm_step(zero, zero, zero + 1, abar, before, variance="fixed-small").flatten().numpy() ** 2
+    )
+    np.testing.assert_allclose(
+        1 / var[1:], 1 / (1 - ABAR[:-1]) + (1 - BETAS[1:]) / BETAS[1:], rtol=1e-9
+    )
     assert var[0] == 0
 
 
 def test_schedule_refuses_nonsense():
-    for bad in (dict(T=0), dict(beta_start=0.0), dict(beta_end=1.0), dict(beta_start=0.5, beta_end=0.1)):
+    for bad in (
+        dict(T=0),
+        dict(beta_start=0.0),
+        dict(beta_end=1.0),
+        dict(beta_start=0.5, beta_end=0.1),
+    ):
         with pytest.raises(ValueError, match="NoiseSchedule"):
             NoiseSchedule(**bad)
 
@@ -103,7 +121,9 @@ def test_eq2_q_sample():
 def test_eq2_predict_x0_inverts_q_sample():
     t = torch.tensor([0, 1, 100, 500, 999])
     x0, eps = draw(5, 3, 4, 4), draw(5, 3, 4, 4, seed=1)
-    torch.testing.assert_close(SCHEDULE.predict_x0(SCHEDULE.q_sample(x0, t, eps), t, eps), x0, rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        SCHEDULE.predict_x0(SCHEDULE.q_sample(x0, t, eps), t, eps), x0, rtol=0, atol=1e-10
+    )
 
 
 def test_eq4_ddpm_loss():
@@ -128,10 +148,16 @@ def test_eq5_posterior_mean_is_bayes():
     """Product of the Gaussians N(x_{t-1}; sqrt(abar') x_0, 1 - abar') and N(x_t; sqrt(1 - beta) x_{t-1}, beta)."""
     x0, x_t, t = draw(999, 2), draw(999, 2, seed=1), torch.arange(1, 1000)
     prior, noise = column(1 / (1 - np.r_[1, ABAR[:-1]][1:]), t - 1), column((1 - BETAS) / BETAS, t)
-    expected = prior * column(np.sqrt(ABAR), t - 1) * x0 + noise * x_t / column(np.sqrt(1 - BETAS), t)
-    torch.testing.assert_close(SCHEDULE.posterior_mean(x0, x_t, t), expected / (prior + noise), rtol=1e-9, atol=1e-9)
+    expected = prior * column(np.sqrt(ABAR), t - 1) * x0 + noise * x_t / column(
+        np.sqrt(1 - BETAS), t
+    )
+    torch.testing.assert_close(
+        SCHEDULE.posterior_mean(x0, x_t, t), expected / (prior + noise), rtol=1e-9, atol=1e-9
+    )
     first = torch.zeros(1, dtype=torch.long)
-    torch.testing.assert_close(SCHEDULE.posterior_mean(x0[:1], x_t[:1], first), x0[:1])  # t = 0: x_0 itself
+    torch.testing.assert_close(
+        SCHEDULE.posterior_mean(x0[:1], x_t[:1], first), x0[:1]
+    )  # t = 0: x_0 itself
 
 
 # perturbation --------------------------------------------------------------------------------------------------------
@@ -160,7 +186,9 @@ def test_eq6_perturbed_input():
         r = perturbation_radius(SCHEDULE, t, beta)
         delta = adversarial_delta(model, SCHEDULE, rows[:64], t, eps, r, start, objective)
         seen.clear()
-        _, parts = robust_loss(model, SCHEDULE, x0, t, eps, "adv", objective=objective, beta=beta, u=u)
+        _, parts = robust_loss(
+            model, SCHEDULE, x0, t, eps, "adv", objective=objective, beta=beta, u=u
+        )
         torch.testing.assert_close(seen[0], column(np.sqrt(ABAR), t) * x0 + s * eps)
         torch.testing.assert_close(seen[-1], column(np.sqrt(ABAR), t) * x0 + s * (eps + delta))
         torch.testing.assert_close(parts["delta"], delta.abs().mean())
@@ -172,12 +200,20 @@ def test_eq7_radius_check_values():
     s = np.sqrt(1 - ABAR[t])
     r = perturbation_radius(SCHEDULE, t)
     assert r.shape == (5,) and r.dtype == torch.float64
-    assert (abs(s * r.numpy() - [0.031, 0.136, 0.375, 0.95, 1.03]) <= [5e-4, 5e-4, 5e-4, 5e-3, 5e-3]).all()
+    assert (
+        abs(s * r.numpy() - [0.031, 0.136, 0.375, 0.95, 1.03]) <= [5e-4, 5e-4, 5e-4, 5e-3, 5e-3]
+    ).all()
     np.testing.assert_allclose(s * r.numpy(), 1 - ABAR[t] + GAMMA, rtol=1e-12)
     beta = torch.tensor([0.5, 1.0, 1.5, 2.0, 2.0], dtype=torch.float64)
-    np.testing.assert_allclose(perturbation_radius(SCHEDULE, t, beta) - r, (beta.numpy() - 1) * GAMMA / s, rtol=1e-9)
-    np.testing.assert_allclose(perturbation_radius(SCHEDULE, t, omega=1.0), 1 + GAMMA / s, rtol=1e-12)
-    np.testing.assert_allclose(perturbation_radius(SCHEDULE, t, omega=3.0, gamma=0.0), s**2, rtol=1e-12)
+    np.testing.assert_allclose(
+        perturbation_radius(SCHEDULE, t, beta) - r, (beta.numpy() - 1) * GAMMA / s, rtol=1e-9
+    )
+    np.testing.assert_allclose(
+        perturbation_radius(SCHEDULE, t, omega=1.0), 1 + GAMMA / s, rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        perturbation_radius(SCHEDULE, t, omega=3.0, gamma=0.0), s**2, rtol=1e-12
+    )
 
 
 def test_eq7_delta_ran():
@@ -185,10 +221,15 @@ def test_eq7_delta_ran():
     torch.manual_seed(0)
     r = torch.tensor([0.1, 2.0], dtype=torch.float64)
     delta = random_delta(torch.zeros(2, 1000, 100, dtype=torch.float64), r).flatten(1) / r[:, None]
-    assert delta.abs().max() <= 1 and (delta.amax(1) > 0.999).all() and (delta.amin(1) < -0.999).all()
+    assert (
+        delta.abs().max() <= 1 and (delta.amax(1) > 0.999).all() and (delta.amin(1) < -0.999).all()
+    )
     np.testing.assert_allclose(delta.std(1), 1 / math.sqrt(3), rtol=0.01)
     assert delta.mean(1).abs().max() < 0.01
-    assert abs((delta[:, 1:] * delta[:, :-1]).mean()) < 0.01 and abs((delta[0] * delta[1]).mean()) < 0.01
+    assert (
+        abs((delta[:, 1:] * delta[:, :-1]).mean()) < 0.01
+        and abs((delta[0] * delta[1]).mean()) < 0.01
+    )
 
 
 def test_eq7_beta_is_uniform():
@@ -198,9 +239,13 @@ def test_eq7_beta_is_uniform():
     t = torch.full((len(x0),), 10)
     _, parts = robust_loss(lambda x, t: x, SCHEDULE, x0, t, x0, perturb="ran")
     var = 1 - ABAR[10]
-    expected = 0.3 * math.sqrt(3) / (1.5 * GAMMA) * math.log((var + 2 * GAMMA) / (var + 0.5 * GAMMA))
+    expected = (
+        0.3 * math.sqrt(3) / (1.5 * GAMMA) * math.log((var + 2 * GAMMA) / (var + 0.5 * GAMMA))
+    )
     assert parts["lambda_t"].item() == pytest.approx(expected, rel=0.01)
-    assert parts["delta"].item() == pytest.approx((var + 1.25 * GAMMA) / math.sqrt(var) / 2, rel=0.01)
+    assert parts["delta"].item() == pytest.approx(
+        (var + 1.25 * GAMMA) / math.sqrt(var) / 2, rel=0.01
+    )
 
 
 @pytest.mark.parametrize("objective", ["eq8", "ldm", "reg"])
@@ -221,7 +266,9 @@ def test_eq8_linear_network(objective):
         jac = s[..., None] * a - np.eye(3)  # (B, 3, 3)
         grad = np.einsum("bji,bjk,bk->bi", jac, jac, d)
     bound = r.numpy()[:, None]
-    np.testing.assert_allclose(delta, np.clip(d + bound / math.sqrt(3) * np.sign(grad), -bound, bound), rtol=1e-12)
+    np.testing.assert_allclose(
+        delta, np.clip(d + bound / math.sqrt(3) * np.sign(grad), -bound, bound), rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("objective", ["eq8", "ldm", "reg"])
@@ -238,7 +285,9 @@ def test_eq8_raises_the_objective(objective):
 
     def J(delta):
         with torch.no_grad():
-            residual = model(x_t + column(np.sqrt(1 - ABAR), t) * delta, t) - (eps if objective == "ldm" else model(x_t, t))
+            residual = model(x_t + column(np.sqrt(1 - ABAR), t) * delta, t) - (
+                eps if objective == "ldm" else model(x_t, t)
+            )
         return ((residual - delta if objective == "reg" else residual) ** 2).sum(1)
 
     share = (J(delta) > J(start)).double().mean().item()
@@ -306,8 +355,21 @@ def test_lambda_check_values():
 def test_eq9_eq10_against_numpy(constraint, ray_units):
     x0, t, eps = batch(50, 4)
     beta, u, W = rand_like(t, 0.5, 2), rand_like(x0), draw(4, 4, seed=7)
-    loss, parts = robust_loss(lambda x, t: torch.tanh(x @ W.T) + 0.001 * t[:, None].double(), SCHEDULE, x0, t, eps, "ran",
-                              constraint, ray_units=ray_units, lam=0.2, omega=1.5, gamma=0.05, beta=beta, u=u)
+    loss, parts = robust_loss(
+        lambda x, t: torch.tanh(x @ W.T) + 0.001 * t[:, None].double(),
+        SCHEDULE,
+        x0,
+        t,
+        eps,
+        "ran",
+        constraint,
+        ray_units=ray_units,
+        lam=0.2,
+        omega=1.5,
+        gamma=0.05,
+        beta=beta,
+        u=u,
+    )
 
     w, b, s2 = W.numpy(), beta.numpy(), 1 - ABAR[t]
     r = (s2**0.75 + 0.05 * b) / s2**0.5
@@ -316,9 +378,13 @@ def test_eq9_eq10_against_numpy(constraint, ray_units):
     for i in range(50):
         x_t = ABAR[t[i]] ** 0.5 * x0[i].numpy() + s2[i] ** 0.5 * eps[i].numpy()
         delta = r[i] * u[i].numpy()
-        clean, moved = (np.tanh(w @ x) + 0.001 * t[i].item() for x in (x_t, x_t + s2[i] ** 0.5 * delta))
+        clean, moved = (
+            np.tanh(w @ x) + 0.001 * t[i].item() for x in (x_t, x_t + s2[i] ** 0.5 * delta)
+        )
         l_dm.append(np.mean((clean - eps[i].numpy()) ** 2))
-        l_reg.append(lam[i] * np.mean((moved - clean - (delta if constraint == "equivariance" else 0)) ** 2))
+        l_reg.append(
+            lam[i] * np.mean((moved - clean - (delta if constraint == "equivariance" else 0)) ** 2)
+        )
     assert parts["L_DM"].item() == pytest.approx(np.mean(l_dm), rel=1e-10)
     assert parts["L_reg"].item() == pytest.approx(np.mean(l_reg), rel=1e-10)
     assert loss.item() == pytest.approx(np.mean(l_dm) + np.mean(l_reg), rel=1e-10)
@@ -351,9 +417,13 @@ def test_eq10_is_invariance_of_the_denoised_image():
     _, parts = robust_loss(model, SCHEDULE, x0, t, eps, "ran", beta=beta, u=u)
     x_t = SCHEDULE.q_sample(x0, t, eps)
     x_adv = x_t + column(np.sqrt(1 - ABAR), t) * perturbation_radius(SCHEDULE, t, beta)[:, None] * u
-    change = SCHEDULE.predict_x0(x_adv, t, model(x_adv, t)) - SCHEDULE.predict_x0(x_t, t, model(x_t, t))
+    change = SCHEDULE.predict_x0(x_adv, t, model(x_adv, t)) - SCHEDULE.predict_x0(
+        x_t, t, model(x_t, t)
+    )
     weight = regulariser_weight(SCHEDULE, t, beta)[:, None] * column(ABAR / (1 - ABAR), t)
-    torch.testing.assert_close(parts["L_reg"], (weight * change**2).mean().detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        parts["L_reg"], (weight * change**2).mean().detach(), rtol=1e-9, atol=0
+    )
 
 
 @pytest.mark.parametrize("perturb", ["ran", "adv"])
@@ -377,7 +447,9 @@ def test_eq10_gradient_is_finite_differences(perturb, constraint):
             values.append(loss().item())
         with torch.no_grad():
             p.add_(1e-6 * direction)
-        assert (values[0] - values[1]) / 2e-6 == pytest.approx((p.grad * direction).sum().item(), rel=1e-5)
+        assert (values[0] - values[1]) / 2e-6 == pytest.approx(
+            (p.grad * direction).sum().item(), rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("perturb", ["ran", "adv"])
@@ -391,15 +463,24 @@ def test_eq10_share_is_unbiased(perturb, share):
 
     def loss_and_gradients(order, share):
         rows = [v[list(order)] for v in (x0, t, eps)]
-        loss, parts = robust_loss(model, SCHEDULE, *rows, perturb, beta=beta[list(order)], u=u[list(order)], share=share)
-        return torch.cat([loss.detach()[None], parts["L_reg"][None],
-                          *(g.flatten() for g in torch.autograd.grad(loss, list(model.parameters())))])
+        loss, parts = robust_loss(
+            model, SCHEDULE, *rows, perturb, beta=beta[list(order)], u=u[list(order)], share=share
+        )
+        return torch.cat(
+            [
+                loss.detach()[None],
+                parts["L_reg"][None],
+                *(g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))),
+            ]
+        )
 
     orders = list(itertools.permutations(range(4)))
     mean = torch.stack([loss_and_gradients(order, share) for order in orders]).mean(0)
     full = loss_and_gradients(orders[0], 1.0)
     torch.testing.assert_close(mean, full, rtol=1e-10, atol=1e-12)
-    assert not torch.allclose(loss_and_gradients(orders[0], share), full, rtol=1e-3)  # one order alone is another number
+    assert not torch.allclose(
+        loss_and_gradients(orders[0], share), full, rtol=1e-3
+    )  # one order alone is another number
 
 
 @pytest.mark.parametrize("perturb, rows", [("ran", [8 + 2]), ("adv", [8, 2, 2])])
@@ -424,10 +505,15 @@ def test_eq10_detach(detach):
     x0, t, eps = batch()
     beta, u = rand_like(t, 0.5, 2), rand_like(x0)
     k = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-    loss, _ = robust_loss(lambda x, t: k * x, SCHEDULE, x0, t, eps, "ran", detach=detach, beta=beta, u=u)
+    loss, _ = robust_loss(
+        lambda x, t: k * x, SCHEDULE, x0, t, eps, "ran", detach=detach, beta=beta, u=u
+    )
     loss.backward()
     x, s = SCHEDULE.q_sample(x0, t, eps), column(np.sqrt(1 - ABAR), t)
-    r, lam = perturbation_radius(SCHEDULE, t, beta)[:, None], regulariser_weight(SCHEDULE, t, beta)[:, None]
+    r, lam = (
+        perturbation_radius(SCHEDULE, t, beta)[:, None],
+        regulariser_weight(SCHEDULE, t, beta)[:, None],
+    )
     moved = (x if detach else 0) + s * r * u
     expected = 2 * ((0.7 * x - eps) * x).mean() + 2 * (lam * (0.7 * s - 1) * r * u * moved).mean()
     torch.testing.assert_close(k.grad, expected, rtol=1e-10, atol=0)
@@ -443,14 +529,24 @@ def test_robust_loss_of_images_and_vectors(perturb):
         return torch.sin(3 * x)
 
     one, _ = robust_loss(model, SCHEDULE, images, t, eps, perturb, beta=beta, u=u)
-    two, _ = robust_loss(model, SCHEDULE, images.flatten(1), t, eps.flatten(1), perturb, beta=beta, u=u.flatten(1))
+    two, _ = robust_loss(
+        model, SCHEDULE, images.flatten(1), t, eps.flatten(1), perturb, beta=beta, u=u.flatten(1)
+    )
     assert one.shape == () and one.item() == pytest.approx(two.item(), rel=1e-12)
-    assert robust_loss(model, SCHEDULE, images.float(), t, eps.float(), perturb)[0].dtype == torch.float32
+    assert (
+        robust_loss(model, SCHEDULE, images.float(), t, eps.float(), perturb)[0].dtype
+        == torch.float32
+    )
 
 
 def test_robust_loss_refuses_unknown_names():
     x0, t, eps = batch(4)
-    for bad in (dict(perturb="none"), dict(constraint="inv"), dict(ray_units="x"), dict(objective="eq9")):
+    for bad in (
+        dict(perturb="none"),
+        dict(constraint="inv"),
+        dict(ray_units="x"),
+        dict(objective="eq9"),
+    ):
         with pytest.raises(ValueError, match=next(iter(bad.values()))):
             robust_loss(lambda x, t: x, SCHEDULE, x0, t, eps, **bad)
 
@@ -466,7 +562,9 @@ def test_gaussian_data_minimiser(constraint, ray_units):
     """
     mu, v = 0.3, 0.25
     sign = torch.tensor([-1.0, 1.0], dtype=torch.float64)
-    x0, eps, u, beta = torch.cartesian_prod(mu + sign * math.sqrt(v), sign, sign / math.sqrt(3), 1.25 + 0.75 * sign).T
+    x0, eps, u, beta = torch.cartesian_prod(
+        mu + sign * math.sqrt(v), sign, sign / math.sqrt(3), 1.25 + 0.75 * sign
+    ).T
     for step in (0, 20, 100, 300, 999):
         t = torch.full((16,), step)
         abar, s = ABAR[step], math.sqrt(1 - ABAR[step])
@@ -475,8 +573,18 @@ def test_gaussian_data_minimiser(constraint, ray_units):
 
         def gradient(value, t=t, abar=abar):
             k = torch.tensor(value, dtype=torch.float64, requires_grad=True)
-            loss, _ = robust_loss(lambda x, t: k * (x - math.sqrt(abar) * mu), SCHEDULE, x0[:, None], t, eps[:, None], "ran",
-                                  constraint, ray_units=ray_units, beta=beta, u=u[:, None])
+            loss, _ = robust_loss(
+                lambda x, t: k * (x - math.sqrt(abar) * mu),
+                SCHEDULE,
+                x0[:, None],
+                t,
+                eps[:, None],
+                "ran",
+                constraint,
+                ray_units=ray_units,
+                beta=beta,
+                u=u[:, None],
+            )
             loss.backward()
             return k.grad.item()
 
@@ -525,7 +633,9 @@ def test_ambient_steps():
 
     def steps(sigma_y):
         t, x = torch.arange(1000), torch.zeros(1000, 1)
-        loss = ambient_loss(lambda x, t: seen.append(t) or x, SCHEDULE, x, t, x, torch.full((1000,), sigma_y))
+        loss = ambient_loss(
+            lambda x, t: seen.append(t) or x, SCHEDULE, x, t, x, torch.full((1000,), sigma_y)
+        )
         return seen.pop(), loss
 
     for sigma_y in (0.0, 0.005, 0.2, 3.0):
@@ -537,6 +647,7 @@ def test_ambient_steps():
 
 def linear_minimiser(loss):
     """k (T,), eps_theta = k_t x_t, that minimises a loss quadratic in k: one Newton step for each t."""
+
     def gradient(value):
         k = torch.full((1000,), value, dtype=torch.float64, requires_grad=True)
         return torch.autograd.grad(loss(lambda x, t: k[t, None] * x), k)[0]
@@ -567,13 +678,21 @@ def test_ambient_removes_the_noise_of_gaussian_data(v):
     torch.testing.assert_close(plain, score(v + 0.9 * sigma**2), rtol=1e-9, atol=0)
     for k, variance in ((ambient, v), (plain, v + 0.9 * sigma**2)):
         one = torch.ones(1, 1, dtype=torch.float64)
-        std = ddim_sample(lambda x, t, k=k: k[t, None] * x, SCHEDULE, one, steps=1000, clip=False).item()
+        std = ddim_sample(
+            lambda x, t, k=k: k[t, None] * x, SCHEDULE, one, steps=1000, clip=False
+        ).item()
         assert std / math.sqrt(variance) == pytest.approx(1, abs=0.02)
 
     noisy = s_y > 0
-    off = linear_minimiser(lambda model: ambient_loss(model, SCHEDULE, y[noisy], t[noisy], eps[noisy], 1.2 * s_y[noisy]))
+    off = linear_minimiser(
+        lambda model: ambient_loss(
+            model, SCHEDULE, y[noisy], t[noisy], eps[noisy], 1.2 * s_y[noisy]
+        )
+    )
     allowed = (1 - abar) / abar > (1.2 * sigma) ** 2
-    torch.testing.assert_close(off[allowed], score(v + sigma**2 - (1.2 * sigma) ** 2)[allowed], rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        off[allowed], score(v + sigma**2 - (1.2 * sigma) ** 2)[allowed], rtol=1e-9, atol=0
+    )
 
 
 def test_huber():
@@ -587,9 +706,13 @@ def test_huber():
         return (torch.tanh(SCHEDULE.q_sample(x0, t, eps)) - eps).numpy()
 
     c_t = 0.1 ** (t.numpy()[:, None] / 1000)
-    assert loss(0.1, t) == pytest.approx(np.mean(2 * c_t**2 * (np.sqrt(1 + (residual(t) / c_t) ** 2) - 1)), rel=1e-12)
+    assert loss(0.1, t) == pytest.approx(
+        np.mean(2 * c_t**2 * (np.sqrt(1 + (residual(t) / c_t) ** 2) - 1)), rel=1e-12
+    )
     last = torch.full_like(t, 999)
-    assert loss(1e6, last) == pytest.approx(ddpm_loss(lambda x, t: torch.tanh(x), SCHEDULE, x0, last, eps).item(), rel=1e-9)
+    assert loss(1e6, last) == pytest.approx(
+        ddpm_loss(lambda x, t: torch.tanh(x), SCHEDULE, x0, last, eps).item(), rel=1e-9
+    )
     assert loss(1e-9, last) == pytest.approx(2 * 1e-9**0.999 * abs(residual(last)).mean(), rel=1e-5)
 
 
@@ -601,8 +724,12 @@ def test_rank_gaussian_map_is_a_permutation_in_rank_order():
     mapped = rank_gaussian_map(delta, noise).numpy()
     for i in range(2):
         for c in range(3):
-            np.testing.assert_array_equal(np.sort(mapped[i, c], None), np.sort(noise[i, c].numpy(), None))
-            np.testing.assert_array_equal(np.argsort(mapped[i, c], None), np.argsort(delta[i, c].numpy(), None))
+            np.testing.assert_array_equal(
+                np.sort(mapped[i, c], None), np.sort(noise[i, c].numpy(), None)
+            )
+            np.testing.assert_array_equal(
+                np.argsort(mapped[i, c], None), np.argsort(delta[i, c].numpy(), None)
+            )
     for bad in (noise[:1], noise.flatten(1)):
         with pytest.raises(ValueError, match="rank_gaussian_map"):
             rank_gaussian_map(bad, bad if bad.dim() < 3 else noise)
@@ -617,7 +744,12 @@ def test_addt_weight_check_values():
 
 def addt(t, n=3, size=6, k=0.4, **kw):
     """ADDT, eps_theta = k x, a linear two-class classifier -> loss, parts, x0, eps, noise of x'_t, its weights, all x_t."""
-    x0, eps, t, seen = draw(n, 3, size, size), draw(n, 3, size, size, seed=1), torch.full((n,), t), []
+    x0, eps, t, seen = (
+        draw(n, 3, size, size),
+        draw(n, 3, size, size, seed=1),
+        torch.full((n,), t),
+        [],
+    )
     w = draw(2, 3 * size * size, seed=2)
 
     def model(x, t):
@@ -635,8 +767,12 @@ def test_addt_loss_is_eq8_of_p2():
     for t in (3, 100, 700):
         loss, parts, x0, _, noise, _, seen = addt(t)
         P = (seen[-1] - math.sqrt(1 - ABAR[t]) * 0.4 * seen[-1]) / math.sqrt(ABAR[t])
-        assert loss.item() == pytest.approx((ABAR[t] / (1 - ABAR[t]) * (x0 - P).square()).mean().item(), rel=1e-9)
-        assert loss.item() == pytest.approx((0.4 * seen[-1] - noise).square().mean().item(), rel=1e-9)
+        assert loss.item() == pytest.approx(
+            (ABAR[t] / (1 - ABAR[t]) * (x0 - P).square()).mean().item(), rel=1e-9
+        )
+        assert loss.item() == pytest.approx(
+            (0.4 * seen[-1] - noise).square().mean().item(), rel=1e-9
+        )
         assert len(seen) == 6 and parts["L_ADDT"] == loss
 
 
@@ -657,10 +793,16 @@ def test_cgpo_in_closed_form(guide):
     if guide == "classifier":
         way = torch.stack([w[1] - w[0], w[0] - w[1], w[1] - w[0]])
         assert torch.equal(mapped.flatten(2).argsort(2), way.flatten(2).argsort(2))
-        noise = addt(100, perturb="linf")[4]  # 5 steps of 4/255 on the [-1, 1] scale reach the border, 16/255
-        torch.testing.assert_close(noise, eps + 16 / 255 * math.sqrt(ABAR[100] / (1 - ABAR[100])) * way.sign())
+        noise = addt(100, perturb="linf")[
+            4
+        ]  # 5 steps of 4/255 on the [-1, 1] scale reach the border, 16/255
+        torch.testing.assert_close(
+            noise, eps + 16 / 255 * math.sqrt(ABAR[100] / (1 - ABAR[100])) * way.sign()
+        )
     else:  # P - x0 = -s k x0 + a multiple of the noise, k > 0: the error grows where the noise is opposed to x0
-        along = (mapped * -x0).flatten(1).sum(1) / (mapped.flatten(1).norm(dim=1) * x0.flatten(1).norm(dim=1))
+        along = (mapped * -x0).flatten(1).sum(1) / (
+            mapped.flatten(1).norm(dim=1) * x0.flatten(1).norm(dim=1)
+        )
         assert (along > 0.05).all()
 
 
@@ -678,8 +820,16 @@ def test_addt_leaves_no_weight_gradient_behind_and_repeats():
 
 def test_addt_trains_the_weights_by_one_backward():
     net = nn.Conv2d(3, 3, 1).double()
-    loss, _ = addt_loss(lambda x, t: net(x), SCHEDULE, None, draw(2, 3, 4, 4), None, torch.tensor([10, 500]),
-                        draw(2, 3, 4, 4, seed=1), guide="none")
+    loss, _ = addt_loss(
+        lambda x, t: net(x),
+        SCHEDULE,
+        None,
+        draw(2, 3, 4, 4),
+        None,
+        torch.tensor([10, 500]),
+        draw(2, 3, 4, 4, seed=1),
+        guide="none",
+    )
     loss.backward()
     assert net.weight.grad.abs().sum() > 0
 

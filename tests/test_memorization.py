@@ -28,7 +28,9 @@ def dinov2_vitb14(pretrained=True):
 
 
 def unit(n, d, seed):
-    return torch.nn.functional.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)))
+    return torch.nn.functional.normalize(
+        torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +44,17 @@ def root(tmp_path_factory):
         folder.mkdir(exist_ok=True)
         Image.fromarray(image).save(folder / f"{i:03d}.png")
     noised = (images[7] + rng.normal(0, 20, (8, 8, 3))).clip(0, 255).astype(np.uint8)
-    np.savez(root / "copies.npz", images=np.stack([images[5], images[6][:, ::-1], noised, *images[50:]]))
-    np.savez(root / "corrupted.npz", images=metrics.to_uint8(CorruptedImages(images[:40], None, 1, 0.5, 3).batch(
-        torch.arange(4))).permute(0, 2, 3, 1).numpy())
+    np.savez(
+        root / "copies.npz", images=np.stack([images[5], images[6][:, ::-1], noised, *images[50:]])
+    )
+    np.savez(
+        root / "corrupted.npz",
+        images=metrics.to_uint8(
+            CorruptedImages(images[:40], None, 1, 0.5, 3).batch(torch.arange(4))
+        )
+        .permute(0, 2, 3, 1)
+        .numpy(),
+    )
     np.savez(root / "other.npz", x=images)
     (root / "empty").mkdir()
     (root / "hub").mkdir()
@@ -57,19 +67,42 @@ def root(tmp_path_factory):
     torch.save({k: v * torch.nan for k, v in state.items()}, root / "nan.pth")
     torch.save({"0.bias": state["0.bias"]}, root / "part.pth")
     net, wrn = UNet(**PRESETS["tiny"]), classifier.WideResNet(10, 1, 10)
-    save_checkpoint(root / "ckpt.pt", dict(kind="unet", config=net.config, image_size=8, model=net.state_dict(),
-                                           ema=net.state_dict(), args={}))
-    save_checkpoint(root / "classifier.pt", dict(kind="classifier", config=wrn.config, model=wrn.state_dict()))
+    save_checkpoint(
+        root / "ckpt.pt",
+        dict(
+            kind="unet",
+            config=net.config,
+            image_size=8,
+            model=net.state_dict(),
+            ema=net.state_dict(),
+            args={},
+        ),
+    )
+    save_checkpoint(
+        root / "classifier.pt", dict(kind="classifier", config=wrn.config, model=wrn.state_dict())
+    )
     return root
 
 
 @pytest.fixture
 def run(root, tmp_path, monkeypatch):
     """Runs the script in `root` -> metrics.json, nearest.npz."""
+
     def run(args, sets="--data folder:train --test folder:test"):
         monkeypatch.chdir(root)
-        monkeypatch.setattr(sys, "argv", ["memorization.py", "--device", "cpu", "--out", str(tmp_path), *sets.split(),
-                                          *args.split()])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "memorization.py",
+                "--device",
+                "cpu",
+                "--out",
+                str(tmp_path),
+                *sets.split(),
+                *args.split(),
+            ],
+        )
         metrics.cli(memorization.main)
         found = dict(np.load(tmp_path / "nearest.npz")) if "--bench" not in args else None
         return json.loads((tmp_path / "metrics.json").read_text()), found
@@ -83,7 +116,11 @@ def run(root, tmp_path, monkeypatch):
 @pytest.mark.parametrize("chunks", [(1, 1), (7, 5), (70, 89), (1000, 1000)])
 def test_nearest_against_scipy_whatever_the_chunks(chunks):
     queries, keys = unit(70, 768, 0), unit(90, 768, 1)
-    keys[40], keys[89], queries[:20] = keys[3], keys[3], keys[3] + 0.1 * queries[:20]  # ties: the lowest index wins
+    keys[40], keys[89], queries[:20] = (
+        keys[3],
+        keys[3],
+        keys[3] + 0.1 * queries[:20],
+    )  # ties: the lowest index wins
     queries = torch.nn.functional.normalize(queries)
     expected = 1 - cdist(queries.double(), keys.double(), "cosine")
     similarity, index = nearest(queries, keys, *chunks)
@@ -100,10 +137,16 @@ def test_bench_finds_what_it_planted(run):
 
 def test_counts_and_intervals():
     """Clopper and Pearson's limits are quantiles of beta distributions."""
-    rows = counts(torch.tensor([0.5] * 90 + [0.9] * 4 + [0.96] * 6, dtype=torch.float64), [0.9, 0.95, 0.99])
-    assert [row["count"] for row in rows] == [10, 6, 0] and rows[1]["share"] == 0.06  # at the threshold counts
-    assert rows[1]["low"] == pytest.approx(beta.ppf(0.025, 6, 95)) and rows[1]["high"] == pytest.approx(beta.ppf(0.975, 7, 94))
-    assert rows[2]["low"] == 0 and rows[2]["high"] == pytest.approx(1 - 0.025 ** 0.01)
+    rows = counts(
+        torch.tensor([0.5] * 90 + [0.9] * 4 + [0.96] * 6, dtype=torch.float64), [0.9, 0.95, 0.99]
+    )
+    assert [row["count"] for row in rows] == [10, 6, 0] and rows[1][
+        "share"
+    ] == 0.06  # at the threshold counts
+    assert rows[1]["low"] == pytest.approx(beta.ppf(0.025, 6, 95)) and rows[1][
+        "high"
+    ] == pytest.approx(beta.ppf(0.975, 7, 94))
+    assert rows[2]["low"] == 0 and rows[2]["high"] == pytest.approx(1 - 0.025**0.01)
 
 
 # the whole command ---------------------------------------------------------------------------------------------------
@@ -115,14 +158,19 @@ def test_planted_copies_are_found_and_ranked(run, root, tmp_path):
     assert list(index[:3]) == [5, 6, 7] and list(mirrored[:3]) == [False, True, False]
     assert s[:2] == pytest.approx([1, 1], abs=1e-6) and 0.999 > s[2] > 0.9 > 0.6 > s[3:].max()
     assert [row["count"] for row in record["results"]["copies"]["counts"]] == [3, 2]
-    assert len(found[f"{NULL}/similarity"]) == 10 and record["results"][NULL]["counts"][0]["count"] == 0
+    assert (
+        len(found[f"{NULL}/similarity"]) == 10
+        and record["results"][NULL]["counts"][0]["count"] == 0
+    )
     table = (tmp_path / "table.csv").read_text().splitlines()
     assert table[1].startswith("copies,6,0.9,3,0.5,") and len(table) == 5
     for name in ("histogram.png", "pairs.png"):
         assert np.asarray(Image.open(tmp_path / name)).std() > 10
 
     _, found = run("--samples copies.npz --features pixels --no-flips --no-null")
-    assert found["copies/similarity"][1] < 0.6 and found["copies/similarity"][0] == pytest.approx(1, abs=1e-6)
+    assert found["copies/similarity"][1] < 0.6 and found["copies/similarity"][0] == pytest.approx(
+        1, abs=1e-6
+    )
     assert f"{NULL}/similarity" not in found
 
 
@@ -130,20 +178,30 @@ def test_pixels_are_centred(root):
     """Also by the mean of the mirror images, when those are searched: a mirrored pair is as similar as the pair."""
     x = np.random.default_rng(1).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
     f = {flips: metrics.extract(memorization.Pixels(x, flips), x)[0] for flips in (True, False)}
-    np.testing.assert_allclose(f[False], (x / 255 - (x / 255).mean(0)).transpose(0, 3, 1, 2).reshape(5, -1), atol=1e-6)
+    np.testing.assert_allclose(
+        f[False], (x / 255 - (x / 255).mean(0)).transpose(0, 3, 1, 2).reshape(5, -1), atol=1e-6
+    )
     mirrored = metrics.extract(memorization.Pixels(x, True), x[:, :, ::-1])[0]
     np.testing.assert_allclose(mirrored @ mirrored.T, f[True] @ f[True].T, atol=1e-4)
 
 
 def test_against_the_images_as_trained_on(run):
     _, found = run("--samples corrupted.npz --features pixels --p 1 --sigma 0.5 --data-seed 3")
-    assert found["corrupted/similarity"] == pytest.approx([1] * 4, abs=1e-6) and list(found["corrupted/index"]) == [0, 1, 2, 3]
+    assert found["corrupted/similarity"] == pytest.approx([1] * 4, abs=1e-6) and list(
+        found["corrupted/index"]
+    ) == [0, 1, 2, 3]
 
 
 def test_folders_and_checkpoints_in_classifier_features(run):
     """Training images as a folder are copies; a sampled checkpoint stands beside them; all go through one network."""
-    record, found = run("--samples train ckpt.pt --names a b --n 3 --steps 2 --sampler ddim --features classifier.pt")
-    assert found["a/similarity"] == pytest.approx([1] * 3, abs=1e-6) and list(found["a/index"]) == [0, 1, 2]
+    record, found = run(
+        "--samples train ckpt.pt --names a b --n 3 --steps 2 --sampler ddim --features classifier.pt"
+    )
+    assert found["a/similarity"] == pytest.approx([1] * 3, abs=1e-6) and list(found["a/index"]) == [
+        0,
+        1,
+        2,
+    ]
     assert len(found["b/similarity"]) == 3 and "classifier.pt" in record["features"]
 
 
@@ -153,36 +211,56 @@ def test_dinov2_from_a_local_clone(run, root, monkeypatch):
     monkeypatch.setattr(metrics, "extract", lambda *args: calls.append(args[-1]) or extract(*args))
     flags = "--samples copies.npz --dino-hub hub --dino-weights dino.pth --data-root dino_data"
     _, found = run(flags)
-    assert list(found["copies/index"][:3]) == [5, 6, 7] and found["copies/mirrored"][1] and len(calls) == 4
+    assert (
+        list(found["copies/index"][:3]) == [5, 6, 7]
+        and found["copies/mirrored"][1]
+        and len(calls) == 4
+    )
     _, again = run(flags)
     assert len(calls) == 5 and all(np.array_equal(found[k], again[k]) for k in found)
 
     network = memorization.DINOv2(str(root / "hub"), root / "dino.pth")
     x = torch.from_numpy(np.load(root / "copies.npz")["images"]).permute(0, 3, 1, 2)
-    y = vision.resize(x / 255, [224, 224], vision.InterpolationMode.BICUBIC, antialias=True).clip(0, 1)
+    y = vision.resize(x / 255, [224, 224], vision.InterpolationMode.BICUBIC, antialias=True).clip(
+        0, 1
+    )
     y = vision.normalize(y, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     state = torch.load(root / "dino.pth")
     y = torch.nn.functional.conv2d(y, state["0.weight"], state["0.bias"], stride=14)
-    torch.testing.assert_close(network(x)[0], torch.nn.functional.adaptive_avg_pool2d(y, 4).flatten(1).detach())
+    torch.testing.assert_close(
+        network(x)[0], torch.nn.functional.adaptive_avg_pool2d(y, 4).flatten(1).detach()
+    )
 
 
-@pytest.mark.parametrize("args, sets, message", [
-    ("--samples missing.npz", None, "missing.npz"),
-    ("--samples other.npz", None, "`images`"),
-    ("--samples hub/hubconf.py", None, "hubconf.py: need"),
-    ("--samples empty", None, "--samples"),
-    ("--samples classifier.pt", None, "holds no UNet"),
-    ("--samples copies.npz --features ckpt.pt", None, "holds no classifier"),
-    ("--samples copies.npz", "--data folder:train --test folder:test --image-size 16", "give --image-size 8"),
-    ("--samples copies.npz", "--data folder:train", "--test"),
-    ("--samples copies.npz", "--data folder:train --test folder:train", "--test"),
-    ("--samples copies.npz", "", "--data"),
-    ("--samples copies.npz copies.npz", None, "--names"),
-    ("--samples copies.npz --sigma 0.2", None, "--sigma 0.2"),
-    ("--samples copies.npz --n 0", None, "--n 0"),
-    ("--samples copies.npz --dino-hub hub", None, "--dino-weights PATH"),
-    ("--samples copies.npz --dino-hub hub --dino-weights part.pth", None, "lacks 0.weight"),
-    ("--samples copies.npz --dino-hub hub --dino-weights nan.pth", None, "40 of 40 images have NaN")])
+@pytest.mark.parametrize(
+    "args, sets, message",
+    [
+        ("--samples missing.npz", None, "missing.npz"),
+        ("--samples other.npz", None, "`images`"),
+        ("--samples hub/hubconf.py", None, "hubconf.py: need"),
+        ("--samples empty", None, "--samples"),
+        ("--samples classifier.pt", None, "holds no UNet"),
+        ("--samples copies.npz --features ckpt.pt", None, "holds no classifier"),
+        (
+            "--samples copies.npz",
+            "--data folder:train --test folder:test --image-size 16",
+            "give --image-size 8",
+        ),
+        ("--samples copies.npz", "--data folder:train", "--test"),
+        ("--samples copies.npz", "--data folder:train --test folder:train", "--test"),
+        ("--samples copies.npz", "", "--data"),
+        ("--samples copies.npz copies.npz", None, "--names"),
+        ("--samples copies.npz --sigma 0.2", None, "--sigma 0.2"),
+        ("--samples copies.npz --n 0", None, "--n 0"),
+        ("--samples copies.npz --dino-hub hub", None, "--dino-weights PATH"),
+        ("--samples copies.npz --dino-hub hub --dino-weights part.pth", None, "lacks 0.weight"),
+        (
+            "--samples copies.npz --dino-hub hub --dino-weights nan.pth",
+            None,
+            "40 of 40 images have NaN",
+        ),
+    ],
+)
 def test_bad_input_is_one_line(run, capsys, args, sets, message):
     with pytest.raises(SystemExit) as e:
         run(args, *([] if sets is None else [sets]))

@@ -35,9 +35,15 @@ def test_judged_faulty_errs_as_often_as_normal_theory_says():
     rng, root, D = np.random.default_rng(0), linalg.cholesky(spd(5)), 2.5
     shift = D * root[0] / np.linalg.norm(linalg.solve_triangular(root, root[0], trans="T"))
     x = rng.normal(size=(60_000, 5)) @ root
-    clean, faulty, mixed = x[:20_000], x[20_000:40_000] + shift, x[40_000:] + np.outer(rng.random(20_000) < 0.3, shift)
+    clean, faulty, mixed = (
+        x[:20_000],
+        x[20_000:40_000] + shift,
+        x[40_000:] + np.outer(rng.random(20_000) < 0.3, shift),
+    )
     wrong = stats.norm.cdf(-D / 2)
-    assert judged_faulty(clean, faulty, mixed) == pytest.approx([wrong, 1 - wrong, 0.3 + 0.4 * wrong], abs=0.012)
+    assert judged_faulty(clean, faulty, mixed) == pytest.approx(
+        [wrong, 1 - wrong, 0.3 + 0.4 * wrong], abs=0.012
+    )
     assert judged_faulty(faulty, clean, clean)[2] == pytest.approx(1 - wrong, abs=0.012)
 
 
@@ -55,7 +61,9 @@ def test_fid_of_commuting_covariances():
     """sum (sqrt(a_i) - sqrt(b_i))^2, in any common eigenbasis."""
     a, b = np.array([4.0, 9, 1, 0]), np.array([1.0, 1, 1, 4])
     Q = linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0]
-    assert frechet_distance(np.zeros(4), Q * a @ Q.T, np.zeros(4), Q * b @ Q.T) == pytest.approx(1 + 4 + 0 + 4, rel=1e-6)
+    assert frechet_distance(np.zeros(4), Q * a @ Q.T, np.zeros(4), Q * b @ Q.T) == pytest.approx(
+        1 + 4 + 0 + 4, rel=1e-6
+    )
 
 
 def test_fid_against_scipy():
@@ -70,7 +78,9 @@ def test_fid_against_pytorch_fid():
     fid_score = pytest.importorskip("pytorch_fid.fid_score")
     a, b = (np.random.default_rng(s).normal(size=(500, 40)) @ spd(40, seed=s) + s for s in (0, 1))
     try:
-        expected = fid_score.calculate_frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
+        expected = fid_score.calculate_frechet_distance(
+            a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T)
+        )
     except TypeError:
         pytest.skip("this pytorch-fid does not work with this SciPy")
     assert frechet_distance(*moments(a), *moments(b)) == pytest.approx(expected, rel=1e-7)
@@ -82,7 +92,9 @@ def test_fid_of_singular_covariances():
     assert 0 <= frechet_distance(*moments(x), *moments(x)) < 1e-6
     u1, u2 = np.array([3.0, 4, 0]), np.array([0.0, 2, 1])
     zero = np.zeros(3)
-    assert frechet_distance(zero, np.outer(u1, u1), zero, np.outer(u2, u2)) == pytest.approx(25 + 5 - 2 * 8, abs=1e-6)
+    assert frechet_distance(zero, np.outer(u1, u1), zero, np.outer(u2, u2)) == pytest.approx(
+        25 + 5 - 2 * 8, abs=1e-6
+    )
     assert frechet_distance(zero, np.outer(u1, u1), zero, np.zeros((3, 3))) == pytest.approx(25)
 
 
@@ -127,7 +139,9 @@ def test_inception_score_of_splits():
 
 def test_inception_score_survives_zero_probabilities():
     """A class whose probability underflows everywhere contributes nothing."""
-    assert inception_score(2000 * torch.eye(10)[[0, 1, 2] * 20], splits=1)[0] == pytest.approx(3, rel=1e-6)
+    assert inception_score(2000 * torch.eye(10)[[0, 1, 2] * 20], splits=1)[0] == pytest.approx(
+        3, rel=1e-6
+    )
 
 
 # single images -------------------------------------------------------------------------------------------------------
@@ -137,7 +151,9 @@ def test_psnr():
     """A constant difference d on a scale of peak 2: 20 log10(2 / d)."""
     x = torch.zeros(3, 3, 4, 4, dtype=torch.float64)
     d = torch.tensor([0.2, 2.0, 0.002], dtype=torch.float64)
-    torch.testing.assert_close(psnr(x, x + d.view(3, 1, 1, 1)), torch.tensor([20.0, 0, 60], dtype=torch.float64))
+    torch.testing.assert_close(
+        psnr(x, x + d.view(3, 1, 1, 1)), torch.tensor([20.0, 0, 60], dtype=torch.float64)
+    )
     half = x.clone()
     half[..., :2] = 0.2  # half of the pixels differ
     assert psnr(x, half)[0].item() == pytest.approx(20 + 10 * math.log10(2))
@@ -148,7 +164,11 @@ def test_noise_level():
     """White noise gives its own sigma, planes give 0, and each image is judged by itself."""
     torch.manual_seed(0)
     z = torch.randn(8, 3, 64, 64, dtype=torch.float64)
-    i, j = torch.meshgrid(torch.linspace(-1, 1, 64, dtype=torch.float64), torch.arange(64.0).double() / 64, indexing="ij")
+    i, j = torch.meshgrid(
+        torch.linspace(-1, 1, 64, dtype=torch.float64),
+        torch.arange(64.0).double() / 64,
+        indexing="ij",
+    )
     plane = 0.5 * i - 0.3 * j + 0.1
     for sigma in (0.05, 0.2, 1.0):
         assert noise_level(plane + sigma * z).mean().item() == pytest.approx(sigma, rel=0.02)
@@ -161,7 +181,12 @@ def test_to_uint8():
     """Every 8-bit value survives; between them it rounds; beyond them it clips."""
     v = torch.arange(256).view(1, 1, 16, 16)
     assert torch.equal(to_uint8(v / 127.5 - 1), v.to(torch.uint8))
-    assert to_uint8(torch.tensor([-3.0, 3, 0.6 / 127.5 - 1, 1.4 / 127.5 - 1])).tolist() == [0, 255, 1, 1]
+    assert to_uint8(torch.tensor([-3.0, 3, 0.6 / 127.5 - 1, 1.4 / 127.5 - 1])).tolist() == [
+        0,
+        255,
+        1,
+        1,
+    ]
 
 
 # features ------------------------------------------------------------------------------------------------------------
@@ -198,7 +223,11 @@ def test_reference_moments_are_cached_by_network_and_pixels(tmp_path):
     assert not np.array_equal(reference_moments(mean_colour(), "a", changed, tmp_path)[0], mu)
     with pytest.raises(ZeroDivisionError):
         reference_moments(unused, "b", images, tmp_path)
-    assert len([f for f in tmp_path.iterdir() if f.suffix == ".npz"]) == len(list(tmp_path.iterdir())) == 2
+    assert (
+        len([f for f in tmp_path.iterdir() if f.suffix == ".npz"])
+        == len(list(tmp_path.iterdir()))
+        == 2
+    )
 
 
 @pytest.fixture(scope="module")
@@ -237,16 +266,24 @@ def inception(monkeypatch):
 def test_inception_wiring(inception, random_inception, monkeypatch):
     """Features as in pytorch-fid, logits as in the whole network without the classifier's bias."""
     net, path = random_inception
-    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     features, logits = Inception(path)(images)
     assert features.shape == (2, 2048) and logits.shape == (2, 1008)
     assert (features[0] - features[1]).abs().max() > 1e-3 * features.std()
 
     monkeypatch.undo()
     monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *a, **k: net.state_dict())
-    torch.testing.assert_close(features, inception.InceptionV3([3]).eval()(images / 255)[0].flatten(1))
-    resized = nn.functional.interpolate(images / 255, size=(299, 299), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(logits, net(2 * resized - 1) - net.fc.bias, rtol=1e-4, atol=1e-4 * logits.std().item())
+    torch.testing.assert_close(
+        features, inception.InceptionV3([3]).eval()(images / 255)[0].flatten(1)
+    )
+    resized = nn.functional.interpolate(
+        images / 255, size=(299, 299), mode="bilinear", align_corners=False
+    )
+    torch.testing.assert_close(
+        logits, net(2 * resized - 1) - net.fc.bias, rtol=1e-4, atol=1e-4 * logits.std().item()
+    )
 
 
 def test_inception_refuses_a_wrong_file(inception, random_inception, tmp_path):
@@ -272,7 +309,9 @@ def test_noise_mad():
     for sigma in (0.05, 0.2, 1.0):
         assert noise_mad(plane + sigma * z).mean().item() == pytest.approx(sigma, rel=0.02)
     assert noise_mad(plane.expand(2, 3, 64, 64)).max() < 1e-12
-    assert noise_mad(torch.stack([0.1 * z[0], 0.3 * z[1]])).tolist() == pytest.approx([0.1, 0.3], rel=0.05)
+    assert noise_mad(torch.stack([0.1 * z[0], 0.3 * z[1]])).tolist() == pytest.approx(
+        [0.1, 0.3], rel=0.05
+    )
     z[..., :36] = 0.7
     assert noise_mad(z).max() < 1e-12 < 0.2 < noise_level(z).min()
 
@@ -290,9 +329,14 @@ def test_noise_mad_bears_wild_pixels():
 def test_noise_mad_against_scipy(layout):
     x = np.random.default_rng(0).normal(size=(4, 3, 7, 7)) ** 3
     mask = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]])
-    responses = [np.stack([signal.convolve2d(channel, mask, mode="valid") for channel in image]).ravel() for image in x]
+    responses = [
+        np.stack([signal.convolve2d(channel, mask, mode="valid") for channel in image]).ravel()
+        for image in x
+    ]
     expected = [stats.median_abs_deviation(r, scale="normal") / 6 for r in responses]
-    np.testing.assert_allclose(noise_mad(torch.from_numpy(x).contiguous(memory_format=layout)), expected, rtol=1e-12)
+    np.testing.assert_allclose(
+        noise_mad(torch.from_numpy(x).contiguous(memory_format=layout)), expected, rtol=1e-12
+    )
 
 
 def test_diversity_against_definition():
@@ -304,11 +348,17 @@ def test_diversity_against_definition():
         return [sorted(np.linalg.norm(a - p, axis=1))[k] for p in a]
 
     def inside(points, centres, r):
-        return np.array([[np.linalg.norm(p - c) <= ri for c, ri in zip(centres, r)] for p in points])
+        return np.array(
+            [[np.linalg.norm(p - c) <= ri for c, ri in zip(centres, r)] for p in points]
+        )
 
     fake_in_real, real_in_fake = inside(fake, real, radii(real)), inside(real, fake, radii(fake))
-    expected = dict(precision=fake_in_real.any(1).mean(), recall=real_in_fake.any(1).mean(),
-                    density=fake_in_real.sum() / (k * len(fake)), coverage=fake_in_real.any(0).mean())
+    expected = dict(
+        precision=fake_in_real.any(1).mean(),
+        recall=real_in_fake.any(1).mean(),
+        density=fake_in_real.sum() / (k * len(fake)),
+        coverage=fake_in_real.any(0).mean(),
+    )
     assert metrics.diversity(real, fake, k) == pytest.approx(expected)
     assert len(set(expected.values())) == 4  # none could stand in for another
 
@@ -317,8 +367,13 @@ def test_diversity_sees_collapse():
     """Copies of one real image are precise but not varied; another sample of the same kind is both."""
     g = torch.Generator().manual_seed(0)
     real, other = torch.randn(2, 500, 4, generator=g)
-    alike, collapsed = metrics.diversity(real, other), metrics.diversity(real, real[:1] + 1e-3 * other)
-    assert collapsed["precision"] == 1 and collapsed["recall"] < 0.05 and collapsed["coverage"] < 0.1
+    alike, collapsed = (
+        metrics.diversity(real, other),
+        metrics.diversity(real, real[:1] + 1e-3 * other),
+    )
+    assert (
+        collapsed["precision"] == 1 and collapsed["recall"] < 0.05 and collapsed["coverage"] < 0.1
+    )
     assert alike["recall"] > 0.8 and alike["coverage"] > 0.9 and abs(alike["density"] - 1) < 0.15
     with pytest.raises(ValueError, match="need more than"):
         metrics.diversity(real[:5], other)
@@ -349,15 +404,21 @@ def test_brightness_gain_of_the_gaussian_minimiser(t):
     ones = torch.ones(numel, 1, dtype=torch.float64) / numel**0.5
     cov = 0.05 * torch.eye(numel, dtype=torch.float64) + 2.0 * ones @ ones.T
     abar = schedule.alphas_bar[t]
-    k = (1 - abar).sqrt() * torch.linalg.inv(abar * cov + (1 - abar) * torch.eye(numel, dtype=torch.float64))
+    k = (1 - abar).sqrt() * torch.linalg.inv(
+        abar * cov + (1 - abar) * torch.eye(numel, dtype=torch.float64)
+    )
 
     def model(x, steps):
         return (x.flatten(1) @ k).view(x.shape)
 
-    x0 = (torch.randn(5, numel, dtype=torch.float64) @ torch.linalg.cholesky(cov).T).view(5, 3, 4, 4)
+    x0 = (torch.randn(5, numel, dtype=torch.float64) @ torch.linalg.cholesky(cov).T).view(
+        5, 3, 4, 4
+    )
     gain = metrics.brightness_gain(model, schedule, x0, torch.randn_like(x0), t).item()
     assert gain == pytest.approx(metrics.gaussian_gain(schedule, t, 2.05), rel=1e-9)
-    assert metrics.brightness_gain(lambda x, s: 0.3 * x, schedule, x0, x0, t).item() == pytest.approx(0.3)
+    assert metrics.brightness_gain(
+        lambda x, s: 0.3 * x, schedule, x0, x0, t
+    ).item() == pytest.approx(0.3)
 
 
 def test_nearest_distance():

@@ -57,7 +57,9 @@ def purifier(sampler="ddpm", model=None, classifier=None, **kw):
 
 
 def images(n=3, shape=(3, 6, 6)):
-    return 0.1 + 0.8 * torch.rand(n, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return 0.1 + 0.8 * torch.rand(
+        n, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
 
 
 # the purifier --------------------------------------------------------------------------------------------------------
@@ -85,7 +87,11 @@ def test_gradient_is_exact(sampler):
         net, at = purifier(sampler, checkpointed=checkpointed), x.clone().requires_grad_()
         (grad,) = torch.autograd.grad(net(at, noise).sum(0)[0], at)
         grads.append(grad)
-        assert net.calls == {"none": 0, "vp-sde-corrector": 12, "edm-ode": 9, "edm-sde": 9}.get(sampler, 6) * net.rounds
+        assert (
+            net.calls
+            == {"none": 0, "vp-sde-corrector": 12, "edm-ode": 9, "edm-sde": 9}.get(sampler, 6)
+            * net.rounds
+        )
         assert not any(p.requires_grad for p in net.parameters()) and not net.training
     assert torch.equal(*grads) and grads[0].abs().max() > 0
     with torch.no_grad():
@@ -107,7 +113,9 @@ def test_checkpointing_runs_the_network_again_instead_of_keeping_it():
         assert (net.calls, net.model.runs) == (6, 12 if checkpointed else 6)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "vp-sde", "vp-sde-corrector", "edm-ode", "edm-sde"])
+@pytest.mark.parametrize(
+    "sampler", ["ddpm", "ddim", "vp-sde", "vp-sde-corrector", "edm-ode", "edm-sde"]
+)
 def test_gaussian_data_stay_what_they_are(sampler):
     """With the true score of N(0, v), purified samples of N(0, v) are N(0, v), and follow their image as posteriors do."""
     v = 0.25
@@ -123,7 +131,10 @@ def test_gaussian_data_stay_what_they_are(sampler):
     abar = SCHEDULE.alphas_bar[100].item()
     share = abar * v / (abar * v + 1 - abar)  # of the posterior's mean
     slope = (x * y).mean().item() / v
-    if sampler in ("ddpm", "vp-sde"):  # stochastic: a draw of the posterior, whose mean is that share of x
+    if sampler in (
+        "ddpm",
+        "vp-sde",
+    ):  # stochastic: a draw of the posterior, whose mean is that share of x
         assert slope == pytest.approx(share, abs=0.03)
     elif sampler in ("ddim", "edm-ode"):  # deterministic: rescaled to the variance instead
         assert slope == pytest.approx(math.sqrt(share), abs=0.03)
@@ -133,11 +144,14 @@ def test_vp_sde_tends_to_ddpm():
     """Same noise, path by path; the difference is of first order in the step. EM's noise of the last step is left out."""
     errors = []
     for nfe in (20, 100):
+
         def noise(k, x, nfe=nfe):
             return draw(*x.shape, seed=k) * (k != 1 + 2 * nfe)
 
-        a, b = (purifier(s, lambda x, t: 0.4 * x, nfe=nfe, clip=False).purify(draw(2, 3, 8, 8), noise)
-                for s in ("ddpm", "vp-sde"))
+        a, b = (
+            purifier(s, lambda x, t: 0.4 * x, nfe=nfe, clip=False).purify(draw(2, 3, 8, 8), noise)
+            for s in ("ddpm", "vp-sde")
+        )
         errors.append((a - b).abs().max().item())
     assert errors[1] < 0.003 and 3 < errors[0] / errors[1] < 9
 
@@ -156,23 +170,43 @@ def test_corrector_step_has_the_signal_to_noise_ratio():
     (before, t), (after, _) = seen[:2]
     t, z, moved = t[0], noise(2, before), after - before
     for d, e, w in zip(moved, eps, z):
-        (a, b), *_ = np.linalg.lstsq(np.stack([-e.flatten(), w.flatten()], 1), d.flatten(), rcond=None)
+        (a, b), *_ = np.linalg.lstsq(
+            np.stack([-e.flatten(), w.flatten()], 1), d.flatten(), rcond=None
+        )
         np.testing.assert_allclose(-a * e + b * w, d, atol=1e-12)
         size = a * (1 - SCHEDULE.alphas_bar[t]).sqrt()
         assert b == pytest.approx(math.sqrt(2 * size), rel=1e-9)
-        assert a * e.norm() / (b * w.norm()) == pytest.approx(0.25 * math.sqrt(1 - SCHEDULE.betas[t]), rel=1e-9)
+        assert a * e.norm() / (b * w.norm()) == pytest.approx(
+            0.25 * math.sqrt(1 - SCHEDULE.betas[t]), rel=1e-9
+        )
 
 
 def test_it_is_the_sampler_of_sample_py():
     x, noise = 2 * images() - 1, image_draws(5, INDEX)
     t = torch.full((3,), 60)
     net = purifier("ddpm", t_star=60, nfe=60)
-    expected = ddpm_sample(net.model, SCHEDULE, SCHEDULE.q_sample(x, t, noise(0, x)), 61, "truncated",
-                           noise=lambda i: noise(1 + 2 * i, x))
+    expected = ddpm_sample(
+        net.model,
+        SCHEDULE,
+        SCHEDULE.q_sample(x, t, noise(0, x)),
+        61,
+        "truncated",
+        noise=lambda i: noise(1 + 2 * i, x),
+    )
     assert torch.equal(net.purify(x, noise), expected)
     net = purifier("edm-sde", t_star=60, nfe=8)
-    expected = heun_sample(net.model, SCHEDULE, SCHEDULE.q_sample(x, t, noise(0, x)), 8, 6, 0.01, 0.46, 1.007, t_start=60,
-                           noise=lambda i: noise(1 + 2 * i, x))
+    expected = heun_sample(
+        net.model,
+        SCHEDULE,
+        SCHEDULE.q_sample(x, t, noise(0, x)),
+        8,
+        6,
+        0.01,
+        0.46,
+        1.007,
+        t_start=60,
+        noise=lambda i: noise(1 + 2 * i, x),
+    )
     assert torch.equal(net.purify(x, noise), expected)
 
 
@@ -183,17 +217,23 @@ def test_gdmp_guidance():
     assert torch.allclose(purify.ssim(x, x), torch.ones(2, dtype=torch.float64))
     p, q = np.full((1, 1, 21, 21), 0.3), np.full((1, 1, 21, 21), 0.7)
     p[0, 0, 10, 10] = 0.5  # one pixel: its window weighs it by w
-    g = np.exp(-(np.arange(11) - 5.0) ** 2 / 4.5)
+    g = np.exp(-((np.arange(11) - 5.0) ** 2) / 4.5)
     w = np.outer(g, g) / g.sum() ** 2
     m, var = 0.3 + 0.2 * w, 0.04 * w * (1 - w)
-    inner = (2 * m * 0.7 + 1e-4) / (m**2 + 0.49 + 1e-4) * 9e-4 / (var + 9e-4)  # where the window lies inside: 11 x 11 places
-    flat = purify.ssim(torch.full((1, 1, 21, 21), 0.3, dtype=torch.float64), torch.from_numpy(q)).item()
+    inner = (
+        (2 * m * 0.7 + 1e-4) / (m**2 + 0.49 + 1e-4) * 9e-4 / (var + 9e-4)
+    )  # where the window lies inside: 11 x 11 places
+    flat = purify.ssim(
+        torch.full((1, 1, 21, 21), 0.3, dtype=torch.float64), torch.from_numpy(q)
+    ).item()
     away = (2 * 0.3 * 0.7 + 1e-4) / (0.09 + 0.49 + 1e-4)
     change = purify.ssim(torch.from_numpy(p), torch.from_numpy(q)).item() - flat
     assert change == pytest.approx((inner - away).sum() / 441, rel=1e-9)
     x0, noise = 2 * images() - 1, image_draws(0, INDEX)
-    plain, off, on = (purifier(s, scale=scale, rounds=1).purify(x0, noise)
-                      for s, scale in (("gdmp", 1), ("gdmp-mse", 0), ("gdmp-mse", 400)))
+    plain, off, on = (
+        purifier(s, scale=scale, rounds=1).purify(x0, noise)
+        for s, scale in (("gdmp", 1), ("gdmp-mse", 0), ("gdmp-mse", 400))
+    )
     assert torch.equal(plain, off) and (on - x0).norm() < 0.9 * (off - x0).norm()
 
 
@@ -202,23 +242,39 @@ def test_known_and_unknown_noise():
     both, fwd = image_draws(0, INDEX), image_draws(0, INDEX, draw=9, forward=0)
     assert torch.equal(net(x, both), net(x, both))  # DW_Both is deterministic
     assert not torch.equal(net(x), net(x))  # White-box is not
-    assert torch.equal(fwd(0, x), both(0, x)) and torch.equal(fwd(purify.ROUND, x), both(purify.ROUND, x))
-    assert not torch.equal(fwd(1, x), both(1, x)) and not torch.equal(fwd(0, x), image_draws(0, INDEX, 9)(0, x))
-    torch.testing.assert_close(net(x[1:2], image_draws(0, INDEX[1:2])), net(x, both)[1:2])  # whatever the batch
+    assert torch.equal(fwd(0, x), both(0, x)) and torch.equal(
+        fwd(purify.ROUND, x), both(purify.ROUND, x)
+    )
+    assert not torch.equal(fwd(1, x), both(1, x)) and not torch.equal(
+        fwd(0, x), image_draws(0, INDEX, 9)(0, x)
+    )
+    torch.testing.assert_close(
+        net(x[1:2], image_draws(0, INDEX[1:2])), net(x, both)[1:2]
+    )  # whatever the batch
     net.noise = both  # what an attack library runs on
     assert torch.equal(net(x), net(x, both))
     ddim = purifier("ddim")
-    torch.testing.assert_close(ddim(x, fwd), ddim(x, both), rtol=0, atol=0)  # DDIM has no other noise
+    torch.testing.assert_close(
+        ddim(x, fwd), ddim(x, both), rtol=0, atol=0
+    )  # DDIM has no other noise
 
 
 def test_what_the_attack_knows():
     def values(knowledge, k, **kw):
-        return [noise(1, images()).double() for noise in purify.noises(knowledge, 0, INDEX, k, **kw)]
+        return [
+            noise(1, images()).double() for noise in purify.noises(knowledge, 0, INDEX, k, **kw)
+        ]
 
     evaluation = image_draws(0, INDEX)(1, images())
-    assert torch.equal(values("both", 0)[0], evaluation) and torch.equal(values("both", 5)[0], evaluation)
+    assert torch.equal(values("both", 0)[0], evaluation) and torch.equal(
+        values("both", 5)[0], evaluation
+    )
     semi = values("semi-3", 2)
-    assert len(semi) == 3 and torch.equal(semi[0], evaluation) and torch.equal(semi[2], values("semi-3", 0)[2])
+    assert (
+        len(semi) == 3
+        and torch.equal(semi[0], evaluation)
+        and torch.equal(semi[2], values("semi-3", 0)[2])
+    )
     for knowledge in ("white", "fwd"):
         fresh = [v for k in range(3) for v in values(knowledge, k, eot=2)] + [evaluation]
         assert len({v.sum().item() for v in fresh}) == 7
@@ -230,7 +286,13 @@ def test_input_outside_the_unit_interval_is_refused():
     for bad in (2 * images() - 1, 255 * images(), images() * math.nan, images()[0]):
         with pytest.raises(ValueError, match="need .B, C, H, W. in .0, 1."):
             net(bad)
-    for kw in (dict(sampler="ddpm2"), dict(t_star=1000), dict(nfe=0), dict(t_star=10, nfe=20), dict(rounds=0)):
+    for kw in (
+        dict(sampler="ddpm2"),
+        dict(t_star=1000),
+        dict(nfe=0),
+        dict(t_star=10, nfe=20),
+        dict(rounds=0),
+    ):
         with pytest.raises(ValueError):
             purifier(**kw)
 
@@ -247,7 +309,12 @@ def test_pgd_on_a_linear_classifier():
     way = torch.stack([w, -w, w])
     x_adv, checks = purify.pgd(net, x, y, lambda k: [None], "linf", steps=5)
     torch.testing.assert_close(x_adv, (x + 8 / 255 * way.sign()).clamp(0, 1))
-    assert not checks["outside"].any() and checks["rises"].all() and not checks["zero"].any() and not checks["nonfinite"].any()
+    assert (
+        not checks["outside"].any()
+        and checks["rises"].all()
+        and not checks["zero"].any()
+        and not checks["nonfinite"].any()
+    )
     x = images() * 0.2 + 0.4  # away from the box
     x_adv, checks = purify.pgd(net, x, y, lambda k: [None], "l2", steps=7)
     torch.testing.assert_close(x_adv, x + 0.5 * way / w.norm())
@@ -259,7 +326,9 @@ def test_pgd_on_a_linear_classifier():
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_pgd_keeps_to_the_ball_and_the_box(norm):
     x = images().round()  # on the border of the box
-    x_adv, checks = purify.pgd(purifier(), x, INDEX % 2, lambda k: purify.noises("white", 0, INDEX, k, 2), norm, steps=8)
+    x_adv, checks = purify.pgd(
+        purifier(), x, INDEX % 2, lambda k: purify.noises("white", 0, INDEX, k, 2), norm, steps=8
+    )
     size = (x_adv - x).flatten(1).norm(dim=1, p=math.inf if norm == "linf" else 2)
     assert x_adv.min() >= 0 and x_adv.max() <= 1 and (size > 0.01).all()
     assert (size <= purify.NORMS[norm][0] + 1e-9).all() and not checks["outside"].any()
@@ -301,8 +370,13 @@ def test_gradient_survives_float16():
     def classifier(x):
         return x.flatten(1).half() @ w.T + torch.tensor([[14.0, 0], [0, 14], [14, 0]]).half()
 
-    grad = purify.mean_loss(PurifiedClassifier(nn.Identity(), SCHEDULE, Function(classifier), "none"), images().float(),
-                            INDEX % 2, [None], gradient=True).double()
+    grad = purify.mean_loss(
+        PurifiedClassifier(nn.Identity(), SCHEDULE, Function(classifier), "none"),
+        images().float(),
+        INDEX % 2,
+        [None],
+        gradient=True,
+    ).double()
     way = torch.stack([w[1] - w[0], w[0] - w[1], w[1] - w[0]]).double()
     assert torch.cosine_similarity(grad.flatten(1), way, dim=1).min() > 0.99
     assert (grad.abs().amax((1, 2, 3)) < 1e-6).all()  # not scaled
@@ -326,7 +400,9 @@ def test_checks_report_what_goes_wrong():
         net = purifier("none", classifier=Broken())
         net.classifier.factor = factor
         _, row = purify.pgd(net, images(), INDEX % 2, lambda k: [None], steps=2)
-        return " ".join(purify.summarise(row | dict(robust=torch.ones(3, dtype=torch.float64)))["violated"])
+        return " ".join(
+            purify.summarise(row | dict(robust=torch.ones(3, dtype=torch.float64)))["violated"]
+        )
 
     assert "exactly 0 in 100" in violated(0.0) and "only 0% of the images" in violated(0.0)
     assert "NaN or infinite for 3" in violated(math.nan)
@@ -335,15 +411,22 @@ def test_checks_report_what_goes_wrong():
 
 def test_candidates_are_chosen_by_several_evaluations(monkeypatch):
     """A candidate that fools one purification in two loses to the image itself if that is always misclassified."""
+
     class Coin(nn.Module):
         def forward(self, x, noise):
-            right = torch.where(x.flatten(1)[:, 0] > 0.5, noise(0, x).flatten(1)[:, 0] > 0, False).double()
+            right = torch.where(
+                x.flatten(1)[:, 0] > 0.5, noise(0, x).flatten(1)[:, 0] > 0, False
+            ).double()
             return torch.stack([right, 1 - right], dim=1)
 
     args = type("Args", (), dict(seed=0, eot=1, eot_batch=1, pgd=1, evaluations=40))
     x, y = torch.full((3, 3, 6, 6), 0.4, dtype=torch.float64), torch.zeros(3, dtype=torch.long)
     monkeypatch.setattr(purify, "pgd", lambda net, x, *a: (x + 0.2, {}))
-    assert purify.evaluate(Coin(), x, y, INDEX, args, "white", "linf")["selected"].tolist() == [0, 0, 0]
+    assert purify.evaluate(Coin(), x, y, INDEX, args, "white", "linf")["selected"].tolist() == [
+        0,
+        0,
+        0,
+    ]
     monkeypatch.setattr(purify, "pgd", lambda net, x, *a: (x + 0.1, {}))  # 0.5: never right
     row = purify.evaluate(Coin(), x + 0.2, y, INDEX, args, "white", "linf")
     assert 0.2 < row["selected"].mean() < 0.8  # both are right by chance
@@ -371,42 +454,142 @@ def run(*args):
 def files(tmp_path_factory):
     out = tmp_path_factory.mktemp("purify")
     torch.manual_seed(0)
-    net, clf = UNet(channels=(32, 32), attention=(False, False), blocks=1, dropout=0.0), WideResNet(10, 1, 10)
+    net, clf = (
+        UNet(channels=(32, 32), attention=(False, False), blocks=1, dropout=0.0),
+        WideResNet(10, 1, 10),
+    )
     nn.init.normal_(net.conv_out.weight, std=0.02)
     for name in ("a", "b"):
         (out / name).mkdir()
-        save_checkpoint(out / name / "ckpt.pt", dict(kind="unet", config=net.config, image_size=8, model=net.state_dict(),
-                                                     ema=net.state_dict(), args=dict(data="synthetic:64")))
-    save_checkpoint(out / "classifier.pt", dict(kind="classifier", config=clf.config, model=clf.state_dict()))
+        save_checkpoint(
+            out / name / "ckpt.pt",
+            dict(
+                kind="unet",
+                config=net.config,
+                image_size=8,
+                model=net.state_dict(),
+                ema=net.state_dict(),
+                args=dict(data="synthetic:64"),
+            ),
+        )
+    save_checkpoint(
+        out / "classifier.pt", dict(kind="classifier", config=clf.config, model=clf.state_dict())
+    )
     return out
 
 
 def test_command(files, tmp_path):
-    common = ["--ckpt", files / "a/ckpt.pt", files / "b/ckpt.pt", "--classifier", files / "classifier.pt", "--data",
-              "synthetic:64", "--n", 4, "--pgd", 1, "--eot", 1, "--nfe", 1, "--device", "cpu"]
-    assert run(*common, "--purifier", "none", "ddpm", "--knowledge", "white", "semi-2", "--evaluations", 2, "--figures", 2,
-               "--batch-size", 4, "--out", tmp_path / "one") == 0
+    common = [
+        "--ckpt",
+        files / "a/ckpt.pt",
+        files / "b/ckpt.pt",
+        "--classifier",
+        files / "classifier.pt",
+        "--data",
+        "synthetic:64",
+        "--n",
+        4,
+        "--pgd",
+        1,
+        "--eot",
+        1,
+        "--nfe",
+        1,
+        "--device",
+        "cpu",
+    ]
+    assert (
+        run(
+            *common,
+            "--purifier",
+            "none",
+            "ddpm",
+            "--knowledge",
+            "white",
+            "semi-2",
+            "--evaluations",
+            2,
+            "--figures",
+            2,
+            "--batch-size",
+            4,
+            "--out",
+            tmp_path / "one",
+        )
+        == 0
+    )
     names = {f.name for f in (tmp_path / "one").iterdir()}
     assert {"purify.png", "figures.png", "table.csv", "table.md", "metrics.json"} <= names
     record = json.loads((tmp_path / "one" / "metrics.json").read_text())
-    assert [d["calls"] for d in record["runs"]] == [0, 2, 2] * 2 and set(record["directions"]) == {"a", "b"}
-    a, b = ([{k: v for k, v in d.items() if k not in ("checkpoint", "seconds")} for d in record["runs"][i : i + 3]]
-            for i in (0, 3))
+    assert [d["calls"] for d in record["runs"]] == [0, 2, 2] * 2 and set(record["directions"]) == {
+        "a",
+        "b",
+    }
+    a, b = (
+        [
+            {k: v for k, v in d.items() if k not in ("checkpoint", "seconds")}
+            for d in record["runs"][i : i + 3]
+        ]
+        for i in (0, 3)
+    )
     assert a == b  # equal weights
     assert (tmp_path / "one" / "table.md").read_text().count("\n") == 2 + 4
-    assert run(*common, "--purifier", "ddpm", "--knowledge", "semi-2", "--batch-size", 3, "--out", tmp_path / "two") == 0
+    assert (
+        run(
+            *common,
+            "--purifier",
+            "ddpm",
+            "--knowledge",
+            "semi-2",
+            "--batch-size",
+            3,
+            "--out",
+            tmp_path / "two",
+        )
+        == 0
+    )
     again = json.loads((tmp_path / "two" / "metrics.json").read_text())["runs"][0]
     assert again["loss_end"] == pytest.approx(a[2]["loss_end"], rel=1e-4)  # whatever the batch
-    assert run(*common, "--purifier", "ddpm", "--knowledge", "semi-2", "--eot-batch", 2, "--amp", "bf16", "--out",
-               tmp_path / "three") == 0
+    assert (
+        run(
+            *common,
+            "--purifier",
+            "ddpm",
+            "--knowledge",
+            "semi-2",
+            "--eot-batch",
+            2,
+            "--amp",
+            "bf16",
+            "--out",
+            tmp_path / "three",
+        )
+        == 0
+    )
     half = json.loads((tmp_path / "three" / "metrics.json").read_text())["runs"][0]
-    assert half["loss_end"] != again["loss_end"] and half["loss_end"] == pytest.approx(again["loss_end"], rel=0.02)
+    assert half["loss_end"] != again["loss_end"] and half["loss_end"] == pytest.approx(
+        again["loss_end"], rel=0.02
+    )
 
 
 def test_command_refuses_bad_input(capsys, files, tmp_path):
     def refuse(*args):
-        assert run("--ckpt", files / "a/ckpt.pt", "--classifier", files / "classifier.pt", "--data", "synthetic:64", "--device",
-                   "cpu", "--out", tmp_path, *args) == 2
+        assert (
+            run(
+                "--ckpt",
+                files / "a/ckpt.pt",
+                "--classifier",
+                files / "classifier.pt",
+                "--data",
+                "synthetic:64",
+                "--device",
+                "cpu",
+                "--out",
+                tmp_path,
+                *args,
+            )
+            == 2
+        )
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1
         return lines[0]
@@ -420,24 +603,41 @@ def test_command_refuses_bad_input(capsys, files, tmp_path):
     assert "--nfe 101" in refuse("--nfe", 101)
     assert "--t-star 1000" in refuse("--t-star", 1000)
     assert "--figures 2" in refuse("--figures", 2, "--purifier", "none")
-    assert "two checkpoints lie in a folder a" in refuse("--ckpt", files / "a/ckpt.pt", files / "a/ckpt.pt")
+    assert "two checkpoints lie in a folder a" in refuse(
+        "--ckpt", files / "a/ckpt.pt", files / "a/ckpt.pt"
+    )
     assert "holds no classifier" in refuse("--classifier", files / "a/ckpt.pt")
     few = WideResNet(10, 1, 3)
-    save_checkpoint(tmp_path / "few.pt", dict(kind="classifier", config=few.config, model=few.state_dict()))
+    save_checkpoint(
+        tmp_path / "few.pt", dict(kind="classifier", config=few.config, model=few.state_dict())
+    )
     assert "knows 3 classes" in refuse("--classifier", tmp_path / "few.pt")
 
 
 @pytest.mark.parametrize("library", ["torchattacks", "foolbox", "autoattack"])
 def test_public_attack_libraries_run_on_it(library):
     module = pytest.importorskip(library)
-    net, x, y = purifier(model=Eps().float(), classifier=linear().float()), images().float(), INDEX % 2
+    net, x, y = (
+        purifier(model=Eps().float(), classifier=linear().float()),
+        images().float(),
+        INDEX % 2,
+    )
     if library == "torchattacks":
         x_adv = module.PGD(net, eps=8 / 255, alpha=2 / 255, steps=2)(x, y)
     elif library == "foolbox":
         fmodel = module.PyTorchModel(net, bounds=(0, 1), device="cpu")
-        _, x_adv, _ = importlib.import_module("foolbox.attacks").LinfPGD(steps=2)(fmodel, x, y, epsilons=8 / 255)
+        _, x_adv, _ = importlib.import_module("foolbox.attacks").LinfPGD(steps=2)(
+            fmodel, x, y, epsilons=8 / 255
+        )
     else:
-        attack = module.AutoAttack(net, eps=8 / 255, version="custom", attacks_to_run=["apgd-ce"], device="cpu", verbose=False)
+        attack = module.AutoAttack(
+            net,
+            eps=8 / 255,
+            version="custom",
+            attacks_to_run=["apgd-ce"],
+            device="cpu",
+            verbose=False,
+        )
         attack.apgd.n_iter = 2
         x_adv = attack.run_standard_evaluation(x, y, bs=3)
     assert x_adv.shape == x.shape and (x_adv - x).abs().max() <= 8 / 255 + 1e-6
@@ -446,13 +646,23 @@ def test_public_attack_libraries_run_on_it(library):
 def test_gdmp_is_guided_by_the_given_image_in_every_round(monkeypatch):
     """A model that denoises to 0: from the second round on, the sample has forgotten the image, the guide has not."""
     guides = []
-    monkeypatch.setattr(purify, "guidance", lambda x, y, kind: guides.append(y.clone()) or torch.zeros_like(x))
+    monkeypatch.setattr(
+        purify, "guidance", lambda x, y, kind: guides.append(y.clone()) or torch.zeros_like(x)
+    )
 
     def model(x, t):  # x^_0 = 0
         return x / (1 - SCHEDULE.alphas_bar[t]).sqrt().view(-1, 1, 1, 1)
 
-    net = purify.PurifiedClassifier(model, SCHEDULE, torch.nn.Identity(), "gdmp-mse", t_star=20, nfe=2, rounds=2,
-                                    noise=lambda k, x: torch.zeros_like(x))
+    net = purify.PurifiedClassifier(
+        model,
+        SCHEDULE,
+        torch.nn.Identity(),
+        "gdmp-mse",
+        t_star=20,
+        nfe=2,
+        rounds=2,
+        noise=lambda k, x: torch.zeros_like(x),
+    )
     given = torch.full((1, 3, 8, 8), 0.9, dtype=torch.float64)
     net.purify(given)
     want = [SCHEDULE.alphas_bar[t].sqrt() * 0.9 for t in (20, 10, 0)] * 2

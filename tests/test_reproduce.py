@@ -14,8 +14,19 @@ ROOT = Path(reproduce.__file__).parent
 
 
 def arguments(tmp_path, size="toy", **changes):
-    args = dict(size=size, data="synthetic", test=None, data_root=f"{tmp_path}/data", inception_weights=None, skip=[], seed=0,
-                memorization_features="pixels", device="cpu", work=f"{tmp_path}/runs", out=f"{tmp_path}/results")
+    args = dict(
+        size=size,
+        data="synthetic",
+        test=None,
+        data_root=f"{tmp_path}/data",
+        inception_weights=None,
+        skip=[],
+        seed=0,
+        memorization_features="pixels",
+        device="cpu",
+        work=f"{tmp_path}/runs",
+        out=f"{tmp_path}/results",
+    )
     return argparse.Namespace(**(args | changes))
 
 
@@ -32,7 +43,10 @@ def test_every_flag_exists(tmp_path, size):
 def test_inception_replaces_the_classifier(tmp_path):
     todo = reproduce.commands(arguments(tmp_path, inception_weights="w.pth"))
     assert not any("classifier.py" in argv for _, argv in todo)
-    assert sum("--inception-weights w.pth" in " ".join(argv) for _, argv in todo) == 2 * len(reproduce.ROWS) + 2
+    assert (
+        sum("--inception-weights w.pth" in " ".join(argv) for _, argv in todo)
+        == 2 * len(reproduce.ROWS) + 2
+    )
 
 
 def record(path, **numbers):
@@ -45,7 +59,9 @@ def test_finished(tmp_path):
     assert not reproduce.finished(tmp_path / "metrics.json")
     assert not reproduce.finished(record(tmp_path / "metrics.json", step=7, args=dict(iters=8)))
     assert reproduce.finished(record(tmp_path / "metrics.json", step=8, args=dict(iters=8)))
-    other = record(tmp_path / "b/metrics.json", FID=3.2, command="python train.py --seed 0 --resume")
+    other = record(
+        tmp_path / "b/metrics.json", FID=3.2, command="python train.py --seed 0 --resume"
+    )
     assert reproduce.finished(other) and reproduce.finished(other, ["train.py", "--seed", "0"])
     with pytest.raises(ValueError, match="not of these settings"):
         reproduce.finished(other, ["train.py", "--seed", "1"])
@@ -53,16 +69,38 @@ def test_finished(tmp_path):
 
 def test_table_verdicts(tmp_path):
     """adv under noise must lower the distance, on clean data it raises it in P1; inv-adv must do worse."""
-    values = {"none-0.9-0.2": 90, "adv-0.9-0.2": 30, "inv-adv-0.9-0.2": 80, "none-0": 10, "adv-0": 20, "adv-eps-0.9-0.2": 50}
+    values = {
+        "none-0.9-0.2": 90,
+        "adv-0.9-0.2": 30,
+        "inv-adv-0.9-0.2": 80,
+        "none-0": 10,
+        "adv-0": 20,
+        "adv-eps-0.9-0.2": 50,
+    }
     for name, distance in values.items():
-        record(tmp_path / f"runs/{name}/ddpm/metrics.json", **{"Fréchet distance in c.pt features": distance}, IS=2.0, n=4,
-               noise_level=0.1, device="cpu")
+        record(
+            tmp_path / f"runs/{name}/ddpm/metrics.json",
+            **{"Fréchet distance in c.pt features": distance},
+            IS=2.0,
+            n=4,
+            noise_level=0.1,
+            device="cpu",
+        )
     lines = reproduce.table(arguments(tmp_path))
     verdict = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in lines[2:13]}
-    assert verdict == {"none-0.9-0.2": "-", "adv-0.9-0.2": "yes", "late-0.9-0.2": "not run",
-                       "adv-eps-0.9-0.2": "-", "ran-0.9-0.2": "not run",
-                       "inv-adv-0.9-0.2": "no", "none-0": "-", "adv-0": "yes", "none-0.9-0.1": "not run",
-                       "adv-0.9-0.1": "not run", "ran-0.9-0.1": "not run"}
+    assert verdict == {
+        "none-0.9-0.2": "-",
+        "adv-0.9-0.2": "yes",
+        "late-0.9-0.2": "not run",
+        "adv-eps-0.9-0.2": "-",
+        "ran-0.9-0.2": "not run",
+        "inv-adv-0.9-0.2": "no",
+        "none-0": "-",
+        "adv-0": "yes",
+        "none-0.9-0.1": "not run",
+        "adv-0.9-0.1": "not run",
+        "ran-0.9-0.1": "not run",
+    }
     assert "102.7 / 4.19" in lines[2] and "90 / 2" in lines[2] and "0.100" in lines[2]
     assert (tmp_path / "results/records/adv-0-ddpm.json").exists()
 
@@ -79,8 +117,10 @@ def test_stops_and_continues(tmp_path):
                 time.sleep(0.1)
             return 0.0
 
-    argv = ("train.py --model mini --image-size 8 --data synthetic:64 --batch-size 4 --iters {} --sample-every 0 "
-            f"--device cpu --data-root {tmp_path} --out {out}")
+    argv = (
+        "train.py --model mini --image-size 8 --data synthetic:64 --batch-size 4 --iters {} --sample-every 0 "
+        f"--device cpu --data-root {tmp_path} --out {out}"
+    )
     assert not reproduce.run(out / "metrics.json", argv.format(100_000).split(), Deadline(1))
     stopped = json.loads((out / "metrics.json").read_text())["step"]
     assert 0 < stopped < 100_000
@@ -89,11 +129,21 @@ def test_stops_and_continues(tmp_path):
     with pytest.raises(ValueError, match="without .*none/metrics.json"):
         reproduce.run(tmp_path / "none/metrics.json", ["losses.py"], None)
     with pytest.raises(ValueError, match="--minutes"):
-        reproduce.run(tmp_path / "none/metrics.json", ["sample.py", "--ckpt", f"{out}/ckpt.pt", "--device", "cpu"], time.time())
+        reproduce.run(
+            tmp_path / "none/metrics.json",
+            ["sample.py", "--ckpt", f"{out}/ckpt.pt", "--device", "cpu"],
+            time.time(),
+        )
 
 
-@pytest.mark.parametrize("flags, message", [("toy --data folder:x", "--test"), ("toy --minutes 0", "--minutes 0"),
-                                            ("toy --skip adv-0", "--skip adv-0")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("toy --data folder:x", "--test"),
+        ("toy --minutes 0", "--minutes 0"),
+        ("toy --skip adv-0", "--skip adv-0"),
+    ],
+)
 def test_bad_input(monkeypatch, flags, message):
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *flags.split(), "--dry-run"])
     with pytest.raises(ValueError, match=message):

@@ -12,7 +12,14 @@ import torch
 
 from data import image_noise
 from losses import NoiseSchedule
-from sample import ddim_sample, ddim_timesteps, ddpm_sample, ddpm_timesteps, heun_sample, heun_timesteps
+from sample import (
+    ddim_sample,
+    ddim_timesteps,
+    ddpm_sample,
+    ddpm_timesteps,
+    heun_sample,
+    heun_timesteps,
+)
 
 SCHEDULE = NoiseSchedule()
 BETAS = np.linspace(1e-4, 0.02, 1000)
@@ -23,6 +30,7 @@ COV = np.array([[1.0, 0.3, 0.0], [0.3, 0.25, 0.1], [0.0, 0.1, 0.36]])
 
 def gaussian_eps(mu, cov):
     """eps*(x, t) = sqrt(1 - abar) (abar C + (1 - abar) I)^-1 (x - sqrt(abar) mu) for data N(mu, C)."""
+
     def eps(x, t):
         abar = ABAR[t[0]]
         m = math.sqrt(1 - abar) * np.linalg.inv(abar * cov + (1 - abar) * np.eye(len(mu)))
@@ -87,7 +95,13 @@ def ddpm_moments(mu, cov, pairs, variance):
         beta = 1 - a / b
         G = math.sqrt(1 - beta) * (b * cov + (1 - b) * eye) @ np.linalg.inv(a * cov + (1 - a) * eye)
         mean = math.sqrt(b) * mu + G @ (mean - math.sqrt(a) * mu)
-        var = 0 if s < 0 else beta if variance == "fixed-large" else 1 / (1 / (1 - b) + (1 - beta) / beta)
+        var = (
+            0
+            if s < 0
+            else beta
+            if variance == "fixed-large"
+            else 1 / (1 / (1 - b) + (1 - beta) / beta)
+        )
         P = G @ P @ G.T + var * eye
     return mean, P
 
@@ -95,10 +109,14 @@ def ddpm_moments(mu, cov, pairs, variance):
 @pytest.mark.parametrize("variance", ["fixed-small", "fixed-large"])
 def test_eq5_gaussian_data(variance):
     def sample(x_T, noise):
-        return ddpm_sample(gaussian_eps(MU, COV), SCHEDULE, x_T, clip=False, variance=variance, noise=noise)
+        return ddpm_sample(
+            gaussian_eps(MU, COV), SCHEDULE, x_T, clip=False, variance=variance, noise=noise
+        )
 
     mean, cov = exact_moments(sample, 3, 1000)
-    expected_mean, expected_cov = ddpm_moments(MU, COV, [(t, t - 1) for t in reversed(range(1000))], variance)
+    expected_mean, expected_cov = ddpm_moments(
+        MU, COV, [(t, t - 1) for t in reversed(range(1000))], variance
+    )
     np.testing.assert_allclose(mean, expected_mean, rtol=1e-9)
     np.testing.assert_allclose(cov, expected_cov, rtol=1e-7, atol=1e-9)
     # T = 1000 is large: nearly the data
@@ -108,14 +126,19 @@ def test_eq5_gaussian_data(variance):
 
 def test_eq5_default_is_fixed_large():
     x_T = draw(4, 3)
-    runs = [ddpm_sample(gaussian_eps(MU, COV), SCHEDULE, x_T, 20, clip=False, noise=seeded_noise((4, 3)), **kw)
-            for kw in ({}, dict(variance="fixed-large"), dict(variance="fixed-small"))]
+    runs = [
+        ddpm_sample(
+            gaussian_eps(MU, COV), SCHEDULE, x_T, 20, clip=False, noise=seeded_noise((4, 3)), **kw
+        )
+        for kw in ({}, dict(variance="fixed-large"), dict(variance="fixed-small"))
+    ]
     assert torch.equal(runs[0], runs[1])
     assert not torch.allclose(runs[0], runs[2], atol=1e-3)
 
 
 def test_eq5_draws_its_own_noise():
     """Without `noise` the seed decides, and the samples have the variance of the closed form."""
+
     def run():
         torch.manual_seed(0)
         return ddpm_sample(line_eps(0.25), SCHEDULE, draw(20_000, 1), 100, clip=False)
@@ -126,19 +149,31 @@ def test_eq5_draws_its_own_noise():
     assert torch.equal(x, run())
 
 
-@pytest.mark.parametrize("ray_units, expected", [("pixel", (0.87, 0.77, 0.44, 0.18)), ("eps", (0.95, 0.95, 0.93, 0.89))])
+@pytest.mark.parametrize(
+    "ray_units, expected", [("pixel", (0.87, 0.77, 0.44, 0.18)), ("eps", (0.95, 0.95, 0.93, 0.89))]
+)
 def test_eq10_shrinks_gaussian_data(ray_units, expected):
     """Sampling with Eq. 10's minimiser for N(0, v), k = s (1 + c) / (abar v + s^2 (1 + c)): std / sqrt(v) below 1."""
     for v, ratio in zip((1.0, 0.25, 0.04, 0.01), expected):
+
         def k_eps(x, t, v=v):
             s2 = 1 - ABAR[t[0]]
-            c = 0.3 / math.sqrt(3) * (s2 + 1.25 * 8 / 255) / (s2 if ray_units == "pixel" else math.sqrt(s2))
+            c = (
+                0.3
+                / math.sqrt(3)
+                * (s2 + 1.25 * 8 / 255)
+                / (s2 if ray_units == "pixel" else math.sqrt(s2))
+            )
             return math.sqrt(s2) * (1 + c) / (ABAR[t[0]] * v + s2 * (1 + c)) * x
 
         def sample(x_T, noise, model=k_eps):
-            return ddpm_sample(model, SCHEDULE, x_T, clip=False, variance="fixed-small", noise=noise)
+            return ddpm_sample(
+                model, SCHEDULE, x_T, clip=False, variance="fixed-small", noise=noise
+            )
 
-        assert math.sqrt(exact_moments(sample, 1, 1000)[1].item() / v) == pytest.approx(ratio, abs=0.006)
+        assert math.sqrt(exact_moments(sample, 1, 1000)[1].item() / v) == pytest.approx(
+            ratio, abs=0.006
+        )
 
 
 @pytest.mark.parametrize("clip", [True, False])
@@ -158,8 +193,16 @@ def test_ddpm_against_diffusers(variance, clip, steps):
     for t in ref.timesteps:
         theirs.append(x)
         x = ref.step(toy_eps(x, t.view(1)), t, x, generator=g).prev_sample
-    final = ddpm_sample(toy_eps, SCHEDULE, x_T, steps, clip=clip, variance=variance, noise=seeded_noise(x_T.shape),
-                        on_step=record(ours))
+    final = ddpm_sample(
+        toy_eps,
+        SCHEDULE,
+        x_T,
+        steps,
+        clip=clip,
+        variance=variance,
+        noise=seeded_noise(x_T.shape),
+        on_step=record(ours),
+    )
     assert [t for _, t, _ in ours] == ref.timesteps.tolist()
     scale = max(1.0, x.abs().max().item())
     for (_, _, a), b in zip(ours + [(0, 0, final)], theirs + [x]):
@@ -179,19 +222,39 @@ def test_spacing_timesteps():
     for steps in (1, 2, 300, 500, 999, 1000):  # no step twice, however the rounding falls
         for pairs in (ddpm_timesteps(1000, steps), ddim_timesteps(1000, steps)):
             ts = [t for t, _ in pairs]
-            assert len(set(ts)) == steps and ts == sorted(ts, reverse=True) and [p for _, p in pairs] == ts[1:] + [-1]
+            assert (
+                len(set(ts)) == steps
+                and ts == sorted(ts, reverse=True)
+                and [p for _, p in pairs] == ts[1:] + [-1]
+            )
 
 
 def test_spacing_rules_agree_at_all_steps():
     x_T = draw(3, 3, 4, 4)
-    runs = [ddpm_sample(toy_eps, SCHEDULE, x_T, steps, spacing, noise=seeded_noise(x_T.shape))
-            for steps, spacing in ((None, "respaced"), (1000, "respaced"), (1000, "naive"), (1000, "truncated"))]
+    runs = [
+        ddpm_sample(toy_eps, SCHEDULE, x_T, steps, spacing, noise=seeded_noise(x_T.shape))
+        for steps, spacing in (
+            (None, "respaced"),
+            (1000, "respaced"),
+            (1000, "naive"),
+            (1000, "truncated"),
+        )
+    ]
     assert all(torch.equal(runs[0], run) for run in runs[1:])
 
 
 def sampled_moments(v, mu, steps, spacing, variance):
     def sample(x_T, noise):
-        return ddpm_sample(line_eps(v, mu), SCHEDULE, x_T, steps, spacing, clip=False, variance=variance, noise=noise)
+        return ddpm_sample(
+            line_eps(v, mu),
+            SCHEDULE,
+            x_T,
+            steps,
+            spacing,
+            clip=False,
+            variance=variance,
+            noise=noise,
+        )
 
     mean, cov = exact_moments(sample, 1, steps)
     return mean.item(), cov.item()
@@ -201,15 +264,20 @@ def test_respaced_keeps_unit_variance():
     """For N(0, 1) the re-derived beta is the exact reverse variance: every x_t is N(0, 1), and x_0 keeps abar_0 of it, as
     the last step adds no noise."""
     for steps in (5, 50, 300):
-        assert sampled_moments(1.0, 0.0, steps, "respaced", "fixed-large")[1] == pytest.approx(ABAR[0], rel=1e-9)
+        assert sampled_moments(1.0, 0.0, steps, "respaced", "fixed-large")[1] == pytest.approx(
+            ABAR[0], rel=1e-9
+        )
 
 
 @pytest.mark.parametrize("variance", ["fixed-small", "fixed-large"])
 def test_spacing_on_gaussian_data(variance):
     """All three rules against the closed form; respaced alone ends near the data N(0.5, 0.25)."""
     ts = np.linspace(999, 0, 100).round().astype(int).tolist()
-    pairs = dict(respaced=list(zip(ts, ts[1:] + [-1])), naive=[(t, t - 1) for t in ts],
-                 truncated=[(t, t - 1) for t in reversed(range(100))])
+    pairs = dict(
+        respaced=list(zip(ts, ts[1:] + [-1])),
+        naive=[(t, t - 1) for t in ts],
+        truncated=[(t, t - 1) for t in reversed(range(100))],
+    )
     for spacing in pairs:
         mean, cov = ddpm_moments(np.array([0.5]), np.array([[0.25]]), pairs[spacing], variance)
         ours = sampled_moments(0.25, 0.5, 100, spacing, variance)
@@ -221,9 +289,15 @@ def test_spacing_on_gaussian_data(variance):
 # one graph ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler, options", [
-    (ddpm_sample, {}), (ddpm_sample, dict(spacing="naive", variance="fixed-small", clip=False)), (ddim_sample, {}),
-    (ddim_sample, dict(eta=1.0))])
+@pytest.mark.parametrize(
+    "sampler, options",
+    [
+        (ddpm_sample, {}),
+        (ddpm_sample, dict(spacing="naive", variance="fixed-small", clip=False)),
+        (ddim_sample, {}),
+        (ddim_sample, dict(eta=1.0)),
+    ],
+)
 def test_compiled_step_is_one_graph_for_all_steps(sampler, options, monkeypatch):
     """Noise and update are one graph without a break; neither another step, batch nor number of steps compiles another."""
     graphs, compile_ = [], torch.compile
@@ -232,7 +306,9 @@ def test_compiled_step_is_one_graph_for_all_steps(sampler, options, monkeypatch)
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile_(f, **kw, backend=backend, fullgraph=True))
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **kw: compile_(f, **kw, backend=backend, fullgraph=True)
+    )
     torch.compiler.reset()
     for first, steps in ((0, 3), (5, 7)):
         index = torch.arange(first, first + 4)
@@ -241,7 +317,15 @@ def test_compiled_step_is_one_graph_for_all_steps(sampler, options, monkeypatch)
             return image_noise(3, index, stream, (3, 4, 4))
 
         def run(compiled, steps=steps, noise=noise):
-            return sampler(toy_eps, SCHEDULE, noise(0), steps, noise=lambda i: noise(i + 1), compiled=compiled, **options)
+            return sampler(
+                toy_eps,
+                SCHEDULE,
+                noise(0),
+                steps,
+                noise=lambda i: noise(i + 1),
+                compiled=compiled,
+                **options,
+            )
 
         expected = run(False)
         assert expected.std() > 0.05 and torch.equal(run(True), expected)
@@ -251,12 +335,18 @@ def test_compiled_step_is_one_graph_for_all_steps(sampler, options, monkeypatch)
 # details of the loop -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler, pairs", [
-    (lambda *a, **k: ddpm_sample(*a, 7, **k), ddpm_timesteps(1000, 7)),
-    (lambda *a, **k: ddpm_sample(*a, 7, "naive", **k), ddpm_timesteps(1000, 7, "naive")),
-    (lambda *a, **k: ddpm_sample(*a, 7, "truncated", **k), ddpm_timesteps(1000, 7, "truncated")),
-    (lambda *a, **k: ddim_sample(*a, 7, **k), ddim_timesteps(1000, 7)),
-])
+@pytest.mark.parametrize(
+    "sampler, pairs",
+    [
+        (lambda *a, **k: ddpm_sample(*a, 7, **k), ddpm_timesteps(1000, 7)),
+        (lambda *a, **k: ddpm_sample(*a, 7, "naive", **k), ddpm_timesteps(1000, 7, "naive")),
+        (
+            lambda *a, **k: ddpm_sample(*a, 7, "truncated", **k),
+            ddpm_timesteps(1000, 7, "truncated"),
+        ),
+        (lambda *a, **k: ddim_sample(*a, 7, **k), ddim_timesteps(1000, 7)),
+    ],
+)
 def test_on_step_sees_and_changes_every_step(sampler, pairs):
     seen, fed = [], []
 
@@ -281,6 +371,7 @@ def test_clipping_enters_the_chain(sampler):
     """A network that believes x_0 = 3: the samples are 3, but with clipping 1, and every x_t on the way differs too."""
     x_T, seen = draw(2, 3, 4, 4), {True: [], False: []}
     for clip in (True, False):
+
         def model(x, t, clip=clip):
             seen[clip].append(x.clone())
             return (x - math.sqrt(ABAR[t[0]]) * 3) / math.sqrt(1 - ABAR[t[0]])
@@ -291,14 +382,24 @@ def test_clipping_enters_the_chain(sampler):
     assert all((a - b).abs().min() > 1e-3 for a, b in zip(seen[True][1:], seen[False][1:]))
 
 
-@pytest.mark.parametrize("kw", [dict(spacing="respaced"), dict(spacing="naive"), dict(spacing="truncated")])
+@pytest.mark.parametrize(
+    "kw", [dict(spacing="respaced"), dict(spacing="naive"), dict(spacing="truncated")]
+)
 @pytest.mark.parametrize("variance", ["fixed-large", "fixed-small"])
 def test_no_noise_at_the_last_step(kw, variance):
     x_T = draw(2, 3, 4, 4)
 
     def run(silent):
-        return ddpm_sample(toy_eps, SCHEDULE, x_T, 5, clip=False, variance=variance, **kw,
-                           noise=lambda i: torch.full_like(x_T, 0.0 if i == silent else 1.0))
+        return ddpm_sample(
+            toy_eps,
+            SCHEDULE,
+            x_T,
+            5,
+            clip=False,
+            variance=variance,
+            **kw,
+            noise=lambda i: torch.full_like(x_T, 0.0 if i == silent else 1.0),
+        )
 
     usual = run(None)
     assert torch.equal(run(4), usual)
@@ -330,7 +431,9 @@ def test_ddim_gaussian_data():
         A = step @ np.linalg.inv(a * COV + (1 - a) * np.eye(3)) @ A
 
     def sample(steps):
-        return lambda x_T, noise: ddim_sample(gaussian_eps(MU, COV), SCHEDULE, x_T, steps, clip=False)
+        return lambda x_T, noise: ddim_sample(
+            gaussian_eps(MU, COV), SCHEDULE, x_T, steps, clip=False
+        )
 
     ours_mean, ours_cov = exact_moments(sample(20), 3, 0)
     np.testing.assert_allclose(ours_mean, MU + A @ mean, rtol=1e-9)
@@ -343,8 +446,12 @@ def test_ddim_gaussian_data():
 
 def test_ddim_eta_1_is_ddpm_fixed_small():
     x_T = draw(2, 3, 4, 4)
-    ours = ddim_sample(toy_eps, SCHEDULE, x_T, 1000, eta=1.0, clip=False, noise=seeded_noise(x_T.shape))
-    ddpm = ddpm_sample(toy_eps, SCHEDULE, x_T, clip=False, variance="fixed-small", noise=seeded_noise(x_T.shape))
+    ours = ddim_sample(
+        toy_eps, SCHEDULE, x_T, 1000, eta=1.0, clip=False, noise=seeded_noise(x_T.shape)
+    )
+    ddpm = ddpm_sample(
+        toy_eps, SCHEDULE, x_T, clip=False, variance="fixed-small", noise=seeded_noise(x_T.shape)
+    )
     torch.testing.assert_close(ours, ddpm, rtol=1e-7, atol=1e-9)
 
 
@@ -352,15 +459,24 @@ def test_ddim_eta_1_is_ddpm_fixed_small():
 @pytest.mark.parametrize("clip", [True, False])
 def test_ddim_against_diffusers(eta, clip):
     diffusers = pytest.importorskip("diffusers")
-    ref = diffusers.DDIMScheduler(1000, clip_sample=clip, set_alpha_to_one=True, timestep_spacing="leading")
-    ref.alphas_cumprod, ref.final_alpha_cumprod = torch.from_numpy(ABAR), torch.ones((), dtype=torch.float64)
+    ref = diffusers.DDIMScheduler(
+        1000, clip_sample=clip, set_alpha_to_one=True, timestep_spacing="leading"
+    )
+    ref.alphas_cumprod, ref.final_alpha_cumprod = (
+        torch.from_numpy(ABAR),
+        torch.ones((), dtype=torch.float64),
+    )
     ref.set_timesteps(100)
     x_T, noise, ours, theirs = draw(2, 3, 4, 4), seeded_noise((2, 3, 4, 4)), [], []
     x = x_T
     for i, t in enumerate(ref.timesteps):
         theirs.append(x)
-        x = ref.step(toy_eps(x, t.view(1)), t, x, eta=eta, variance_noise=noise(i) if eta > 0 else None).prev_sample
-    final = ddim_sample(toy_eps, SCHEDULE, x_T, 100, eta, clip, noise=seeded_noise(x_T.shape), on_step=record(ours))
+        x = ref.step(
+            toy_eps(x, t.view(1)), t, x, eta=eta, variance_noise=noise(i) if eta > 0 else None
+        ).prev_sample
+    final = ddim_sample(
+        toy_eps, SCHEDULE, x_T, 100, eta, clip, noise=seeded_noise(x_T.shape), on_step=record(ours)
+    )
     assert [t for _, t, _ in ours] == ref.timesteps.tolist()
     for (_, _, a), b in zip(ours + [(0, 0, final)], theirs + [x]):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
@@ -406,9 +522,16 @@ def test_heun_is_second_order():
     The ODE's solution is proportional to sqrt(1 + sigma^2); the step to sigma = 0 returns the posterior mean x / (1 + sigma^2).
     """
     sigma = np.sqrt((1 - ABAR) / ABAR)
-    exact = math.sqrt((1 + sigma[0] ** 2) / (1 + sigma[-1] ** 2)) / (1 + sigma[0] ** 2) / math.sqrt(ABAR[-1])
+    exact = (
+        math.sqrt((1 + sigma[0] ** 2) / (1 + sigma[-1] ** 2))
+        / (1 + sigma[0] ** 2)
+        / math.sqrt(ABAR[-1])
+    )
     x_T = torch.ones(1, 1, dtype=torch.float64)
-    errors = [heun_sample(line_eps(1.0), SCHEDULE, x_T, steps, clip=False).item() - exact for steps in (10, 20)]
+    errors = [
+        heun_sample(line_eps(1.0), SCHEDULE, x_T, steps, clip=False).item() - exact
+        for steps in (10, 20)
+    ]
     assert 3.2 < errors[0] / errors[1] < 6, errors
 
 
@@ -418,7 +541,9 @@ def test_heun_from_t_start():
     start = (math.sqrt(ABAR[t]) * mu, math.sqrt(ABAR[t] * v + 1 - ABAR[t]))
 
     def sample(x, noise):
-        return heun_sample(line_eps(v, mu), SCHEDULE, start[0] + start[1] * x, 40, clip=False, t_start=t)
+        return heun_sample(
+            line_eps(v, mu), SCHEDULE, start[0] + start[1] * x, 40, clip=False, t_start=t
+        )
 
     mean, cov = exact_moments(sample, 1, 0)
     assert mean.item() == pytest.approx(mu, abs=1e-3) and cov.item() == pytest.approx(v, rel=5e-3)
@@ -426,11 +551,16 @@ def test_heun_from_t_start():
 
 def test_heun_churn():
     """Noise added and removed again: the data's moments stay, the samples change; outside [S_min, S_max] nothing does."""
+
     def sample(**kw):
-        return lambda x_T, noise: heun_sample(line_eps(0.25, 0.5), SCHEDULE, x_T, 50, clip=False, noise=noise, **kw)
+        return lambda x_T, noise: heun_sample(
+            line_eps(0.25, 0.5), SCHEDULE, x_T, 50, clip=False, noise=noise, **kw
+        )
 
     mean, cov = exact_moments(sample(S_churn=6.0), 1, 50)
-    assert mean.item() == pytest.approx(0.5, abs=5e-3) and cov.item() == pytest.approx(0.25, rel=0.03)
+    assert mean.item() == pytest.approx(0.5, abs=5e-3) and cov.item() == pytest.approx(
+        0.25, rel=0.03
+    )
     noisier = exact_moments(sample(S_churn=6.0, S_noise=1.5), 1, 50)[1]
     assert noisier.item() > 1.05 * cov.item()
 

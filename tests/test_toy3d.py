@@ -28,11 +28,17 @@ def test_true_score_is_the_gradient_of_the_log_density(name, t):
     abar = SCHEDULE.alphas_bar[t].item()
     mean, scale = toy3d.standard(name)
     centres, cov = (toy3d.CENTRES[name] - mean) / scale, toy3d.COVARIANCE[name] / scale**2
-    p_t = MixtureSameFamily(Categorical(torch.ones(len(centres), dtype=torch.float64)),
-                            MultivariateNormal(math.sqrt(abar) * centres, abar * cov + (1 - abar) * torch.eye(3).double()))
+    p_t = MixtureSameFamily(
+        Categorical(torch.ones(len(centres), dtype=torch.float64)),
+        MultivariateNormal(
+            math.sqrt(abar) * centres, abar * cov + (1 - abar) * torch.eye(3).double()
+        ),
+    )
     x = torch.cat([p_t.sample((50,)), torch.randn(50, 3, dtype=torch.float64)]).requires_grad_()
     (grad,) = torch.autograd.grad(p_t.log_prob(x).sum(), x)
-    assert (toy3d.true_score(name, x.detach(), abar) - grad).abs().max() < 1e-8 * max(1, grad.abs().max())
+    assert (toy3d.true_score(name, x.detach(), abar) - grad).abs().max() < 1e-8 * max(
+        1, grad.abs().max()
+    )
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -42,9 +48,13 @@ def test_clean_points_have_the_stated_moments(name):
     assert (x.mean(0) - mean).abs().max() < 0.07
     assert abs((x - mean).square().mean().sqrt().item() / scale - 1) < 0.01
     mode = torch.cdist(x, toy3d.CENTRES[name]).argmin(1)
-    assert torch.bincount(mode).tolist() == [60_000 // len(toy3d.CENTRES[name])] * len(toy3d.CENTRES[name])
+    assert torch.bincount(mode).tolist() == [60_000 // len(toy3d.CENTRES[name])] * len(
+        toy3d.CENTRES[name]
+    )
     residual = x - toy3d.CENTRES[name][mode]
-    assert (residual.T @ residual / len(x) - toy3d.COVARIANCE[name]).abs().max() < 0.01 * toy3d.COVARIANCE[name].max()
+    assert (
+        residual.T @ residual / len(x) - toy3d.COVARIANCE[name]
+    ).abs().max() < 0.01 * toy3d.COVARIANCE[name].max()
     assert [round(toy3d.standard(n)[1], 3) for n in SETS] == [3.269, 7.205]  # the docstring's
 
 
@@ -59,7 +69,11 @@ def test_noise_is_the_stated_share_and_kind():
         for noisy in (outliers, inliers):
             assert torch.equal(noisy[k:], clean[k:]) and not (noisy[:k] == clean[:k]).all(1).any()
         u = (outliers[:k] - mean) / (toy3d.BOX * scale)  # uniform on [-1, 1]^3
-        assert u.abs().max() <= 1 and u.mean(0).abs().max() < 0.01 and (u.var(0) - 1 / 3).abs().max() < 0.01
+        assert (
+            u.abs().max() <= 1
+            and u.mean(0).abs().max() < 0.01
+            and (u.var(0) - 1 / 3).abs().max() < 0.01
+        )
         d = toy3d.distance(name, inliers[:k])
         dims = 1 if name == "oblique-plane" else 3
         assert abs(d.square().mean().sqrt() / (toy3d.INLIER_SIGMA * dims**0.5) - 1) < 0.03
@@ -69,17 +83,28 @@ def test_noise_is_the_stated_share_and_kind():
 
 def test_distance_and_shares_in_closed_form():
     plane = torch.tensor([[10.0, 10, 10], [0, 0, 30], [11, 11, 11], [0, 0, 0]]).double()
-    assert torch.allclose(toy3d.distance("oblique-plane", plane), torch.tensor([0, 0, 3**0.5, 10 * 3**0.5]).double())
+    assert torch.allclose(
+        toy3d.distance("oblique-plane", plane), torch.tensor([0, 0, 3**0.5, 10 * 3**0.5]).double()
+    )
     modes = torch.tensor([[10.0, 10, 10], [20, 20, 24], [10, 27, 26]]).double()
     assert torch.allclose(toy3d.distance("3-gaussians", modes), torch.tensor([0.0, 4, 5]).double())
-    numbers = toy3d.measure("3-gaussians", toy3d.CENTRES["3-gaussians"][[0, 0, 1, 2]].repeat(250, 1), 0)
-    assert numbers["mode_weights"] == [0.5, 0.25, 0.25] and numbers["off_support"] == numbers["spread"] == 0
-    clean = toy3d.measure("oblique-plane", toy3d.clean_points("oblique-plane", 20_000, seeded(1)), 0)
+    numbers = toy3d.measure(
+        "3-gaussians", toy3d.CENTRES["3-gaussians"][[0, 0, 1, 2]].repeat(250, 1), 0
+    )
+    assert (
+        numbers["mode_weights"] == [0.5, 0.25, 0.25]
+        and numbers["off_support"] == numbers["spread"] == 0
+    )
+    clean = toy3d.measure(
+        "oblique-plane", toy3d.clean_points("oblique-plane", 20_000, seeded(1)), 0
+    )
     # across the plane |N(0, SIGMA)|: mean SIGMA sqrt(2 / pi), 95 % at 1.96 SIGMA, 6e-5 beyond 4 SIGMA
     assert clean["off_support"] < 5e-4 and clean["spread"] == pytest.approx(1, abs=0.02)
     assert clean["distance_mean"] == pytest.approx(toy3d.SIGMA * (2 / math.pi) ** 0.5, rel=0.03)
     assert clean["distance_95"] == pytest.approx(1.96 * toy3d.SIGMA, rel=0.03)
-    far = toy3d.measure("3-gaussians", torch.full((10, 3), 1e4).double(), 0)  # a method that kept no point at all
+    far = toy3d.measure(
+        "3-gaussians", torch.full((10, 3), 1e4).double(), 0
+    )  # a method that kept no point at all
     assert far["off_support"] == 1 and far["mode_weights"] == [0, 0, 0]
 
 
@@ -87,7 +112,9 @@ def test_sliced_w2_of_a_shift_and_of_a_scaling():
     x, c = toy3d.clean_points("3-gaussians", 500, seeded()), torch.tensor([1.0, -2, 2]).double()
     assert toy3d.sliced_w2(x, x) == 0
     assert toy3d.sliced_w2(x, x[torch.randperm(500)] + c) == pytest.approx(3 / 3**0.5, abs=1e-12)
-    z = x - x.mean(0)  # along each direction the optimal map of z to 2 z moves by z: the root mean square of z over all
+    z = (
+        x - x.mean(0)
+    )  # along each direction the optimal map of z to 2 z moves by z: the root mean square of z over all
     assert toy3d.sliced_w2(z, 2 * z) == pytest.approx(z.square().mean().sqrt().item(), abs=1e-12)
 
 
@@ -99,9 +126,11 @@ def test_networks_side_by_side_do_not_mix():
     x0, eps, t = torch.randn(n * M, 3), torch.randn(n * M, 3), torch.randint(1000, (n * M,))
     u, beta = 2 * torch.rand(n * M, 3) - 1, torch.ones(n * M)
     other = torch.where((torch.arange(n * M) % M == 1)[:, None], x0, 5 * x0 + 1)
-    for loss in (lambda x: ddpm_loss(model, SCHEDULE, x, t, eps),
-                 lambda x: robust_loss(model, SCHEDULE, x, t, eps, perturb="ran", u=u, beta=beta)[0],
-                 lambda x: robust_loss(model, SCHEDULE, x, t, eps, perturb="adv", u=u, beta=beta)[0]):
+    for loss in (
+        lambda x: ddpm_loss(model, SCHEDULE, x, t, eps),
+        lambda x: robust_loss(model, SCHEDULE, x, t, eps, perturb="ran", u=u, beta=beta)[0],
+        lambda x: robust_loss(model, SCHEDULE, x, t, eps, perturb="adv", u=u, beta=beta)[0],
+    ):
         a, b = (torch.autograd.grad(loss(x), model.weight[0])[0] for x in (x0, other))
         assert torch.allclose(a[1], b[1], atol=1e-7) and not torch.allclose(a[0], b[0], atol=1e-7)
 
@@ -112,7 +141,10 @@ def test_ideal_network_has_no_error_and_samples_the_set():
     error, lip_eps, gain_x0 = toy3d.by_t(ideal, names, SCHEDULE, n=50)
     assert error.max() < 1e-3  # float32
     # the plane alone is Gaussian: eps is linear, steepest across the plane, s^2 / (abar SIGMA^2 / scale^2 + s^2)
-    abar, v = SCHEDULE.alphas_bar[toy3d.TS].double(), (toy3d.SIGMA / toy3d.standard("oblique-plane")[1]) ** 2
+    abar, v = (
+        SCHEDULE.alphas_bar[toy3d.TS].double(),
+        (toy3d.SIGMA / toy3d.standard("oblique-plane")[1]) ** 2,
+    )
     assert torch.allclose(lip_eps[:, 0], (1 - abar) / (abar * v + 1 - abar), rtol=1e-3)
     assert gain_x0.shape == (len(toy3d.TS), 2)
 
@@ -120,14 +152,28 @@ def test_ideal_network_has_no_error_and_samples_the_set():
     x, diverged, _ = toy3d.sample(ideal, [(name, "clean", 0) for name in names], args, SCHEDULE)
     for name, x_j in zip(names, x):
         numbers = toy3d.measure(name, x_j, 0)
-        assert numbers["off_support"] < 0.04 and 0.9 < numbers["spread"] < 1.3  # Eq. 5 in 200 steps: the modes widen
-        assert np.abs(np.array(numbers["mode_weights"]) * len(numbers["mode_weights"]) - 1).max() < 0.2
+        assert (
+            numbers["off_support"] < 0.04 and 0.9 < numbers["spread"] < 1.3
+        )  # Eq. 5 in 200 steps: the modes widen
+        assert (
+            np.abs(np.array(numbers["mode_weights"]) * len(numbers["mode_weights"]) - 1).max() < 0.2
+        )
     assert not diverged.any()
 
 
-BAD = [["--share", 1.5], ["--sets", "moons"], ["--methods", "none,none"], ["--noises", "salt"], ["--steps", 0],
-       ["--lam", "nan"], ["--sample-steps", 2000], ["--device", "abacus"], ["--out", toy3d.__file__],
-       ["--out", "/proc/nowhere/toy"], ["--seed", -1]]
+BAD = [
+    ["--share", 1.5],
+    ["--sets", "moons"],
+    ["--methods", "none,none"],
+    ["--noises", "salt"],
+    ["--steps", 0],
+    ["--lam", "nan"],
+    ["--sample-steps", 2000],
+    ["--device", "abacus"],
+    ["--out", toy3d.__file__],
+    ["--out", "/proc/nowhere/toy"],
+    ["--seed", -1],
+]
 
 
 def test_bad_input_is_one_line_before_any_work(monkeypatch, capsys, tmp_path):
@@ -138,14 +184,33 @@ def test_bad_input_is_one_line_before_any_work(monkeypatch, capsys, tmp_path):
         with pytest.raises(SystemExit) as end:
             toy3d.cli(toy3d.main)
         err = capsys.readouterr().err
-        assert end.value.code == 2 and err.count("\n") == 1 and err.startswith("toy3d.py: ") and bad[0] in err, (bad, err)
+        assert (
+            end.value.code == 2
+            and err.count("\n") == 1
+            and err.startswith("toy3d.py: ")
+            and bad[0] in err
+        ), (bad, err)
 
 
-SMALL = ["toy3d.py", "--steps", "2", "--n", "30", "--points", "60", "--sample-steps", "3", "--device", "cpu"]
+SMALL = [
+    "toy3d.py",
+    "--steps",
+    "2",
+    "--n",
+    "30",
+    "--points",
+    "60",
+    "--sample-steps",
+    "3",
+    "--device",
+    "cpu",
+]
 
 
 def test_a_small_run_leaves_every_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [*SMALL, "--seeds", "2", "--methods", "none,adv", "--out", str(tmp_path)])
+    monkeypatch.setattr(
+        sys, "argv", [*SMALL, "--seeds", "2", "--methods", "none,adv", "--out", str(tmp_path)]
+    )
     toy3d.main()
     for name in ("fig2a", "fig2b", "fig2c", "fig5", "by_t"):
         for kind in ("png", "pdf"):
@@ -155,35 +220,73 @@ def test_a_small_run_leaves_every_file(tmp_path, monkeypatch):
         assert all(f[k].shape == (30, 3) and np.isfinite(f[k]).all() for k in f)
     record = json.loads((tmp_path / "metrics.json").read_text())
     numbers = record["results"]["3-gaussians/outliers/adv"]
-    assert {"off_support", "distance_mean", "distance_95", "sliced_w2", "mode_weights", "diverged", "score_error_by_t",
-            "lip_eps_by_t"} <= set(numbers)
+    assert {
+        "off_support",
+        "distance_mean",
+        "distance_95",
+        "sliced_w2",
+        "mode_weights",
+        "diverged",
+        "score_error_by_t",
+        "lip_eps_by_t",
+    } <= set(numbers)
     assert len(numbers["off_support"]) == 2 and len(numbers["mode_weights"]["std"]) == 3
     assert len(numbers["score_error_by_t"]["mean"]) == len(record["ts"])
 
 
 def test_seeds_repeat_and_differ():
-    args = argparse.Namespace(seed=3, n=20, steps=3, points=60, share=0.2, sample_steps=4, lam=0.3, omega=2.0, gamma=8 / 255,
-                              reg_last=1.0, reg_share=1.0, device="cpu")
+    args = argparse.Namespace(
+        seed=3,
+        n=20,
+        steps=3,
+        points=60,
+        share=0.2,
+        sample_steps=4,
+        lam=0.3,
+        omega=2.0,
+        gamma=8 / 255,
+        reg_last=1.0,
+        reg_share=1.0,
+        device="cpu",
+    )
 
     def draw(seed):
         torch.rand(1)  # whatever came before
-        args.seed, jobs = seed, [("3-gaussians", "outliers", seed), ("3-gaussians", "outliers", seed + 1)]
+        args.seed, jobs = (
+            seed,
+            [("3-gaussians", "outliers", seed), ("3-gaussians", "outliers", seed + 1)],
+        )
         return toy3d.sample(toy3d.train("inv-adv", jobs, args, SCHEDULE), jobs, args, SCHEDULE)[0]
 
     x = draw(3)
-    assert torch.allclose(x, draw(3), atol=1e-4) and (x[0] - x[1]).abs().max() > 0.1 and (x - draw(4)).abs().max() > 0.1
+    assert (
+        torch.allclose(x, draw(3), atol=1e-4)
+        and (x[0] - x[1]).abs().max() > 0.1
+        and (x - draw(4)).abs().max() > 0.1
+    )
 
 
 def test_regulariser_in_the_last_steps_on_a_share(monkeypatch):
     """Of 10 steps the last 3, on the first quarter of each network's rows."""
-    args = argparse.Namespace(seed=0, steps=10, points=60, share=0.2, lam=0.3, omega=2.0, gamma=8 / 255, reg_last=0.3,
-                              reg_share=0.25, device="cpu")
+    args = argparse.Namespace(
+        seed=0,
+        steps=10,
+        points=60,
+        share=0.2,
+        lam=0.3,
+        omega=2.0,
+        gamma=8 / 255,
+        reg_last=0.3,
+        reg_share=0.25,
+        device="cpu",
+    )
     jobs, calls = [("3-gaussians", "outliers", 0)] * 2, []
 
     def noted(name, function):
         def call(*args, **options):
             calls.append((name, options.get("share")))
             return function(*args, **options)
+
         return call
 
     monkeypatch.setattr(toy3d, "ddpm_loss", noted("ddpm", ddpm_loss))
@@ -193,9 +296,15 @@ def test_regulariser_in_the_last_steps_on_a_share(monkeypatch):
 
 
 def test_a_small_sweep(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy3d, "KNOBS", {"lam": ("lambda", [0.1, 0.3]), "share": ("share", [0, 0.2])})
-    monkeypatch.setattr(sys, "argv", [*SMALL, "--sweep", "--sets", "3-gaussians", "--out", str(tmp_path)])
+    monkeypatch.setattr(
+        toy3d, "KNOBS", {"lam": ("lambda", [0.1, 0.3]), "share": ("share", [0, 0.2])}
+    )
+    monkeypatch.setattr(
+        sys, "argv", [*SMALL, "--sweep", "--sets", "3-gaussians", "--out", str(tmp_path)]
+    )
     toy3d.main()
     assert (tmp_path / "sweep.png").exists() and (tmp_path / "sweep.pdf").exists()
     results = json.loads((tmp_path / "metrics.json").read_text())["results"]
-    assert results["lam=0.3/3-gaussians/adv"] == results["share=0.2/3-gaussians/adv"]  # the same run
+    assert (
+        results["lam=0.3/3-gaussians/adv"] == results["share=0.2/3-gaussians/adv"]
+    )  # the same run

@@ -42,7 +42,14 @@ def one_thread():
 
 
 def torchrun(script, *args, processes=2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        "--",
+    ]
     command.append(ROOT / script)
     done = subprocess.run([*command, *map(str, args)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -62,18 +69,33 @@ def checkpoint(tmp_path_factory):
 
 
 def test_run_leaves_its_files(checkpoint):
-    assert {"ckpt.pt", "metrics.jsonl", "metrics.json", "loss.png", "grid.png"} <= {f.name for f in checkpoint.iterdir()}
+    assert {"ckpt.pt", "metrics.jsonl", "metrics.json", "loss.png", "grid.png"} <= {
+        f.name for f in checkpoint.iterdir()
+    }
     lines = [json.loads(line) for line in (checkpoint / "metrics.jsonl").read_text().splitlines()]
     assert [d["step"] for d in lines] == list(range(1, 11))
     assert all(abs(d["loss"] - d["L_DM"] - d["L_reg"]) < 1e-5 and d["grad_norm"] > 0 for d in lines)
     record = json.loads((checkpoint / "metrics.json").read_text())
-    assert {"command", "commit", "seed", "versions", "device", "n", "wall_seconds", "lambda_t", "delta"} <= record.keys()
+    assert {
+        "command",
+        "commit",
+        "seed",
+        "versions",
+        "device",
+        "n",
+        "wall_seconds",
+        "lambda_t",
+        "delta",
+    } <= record.keys()
 
 
 def test_kill_and_resume_equals_uninterrupted(checkpoint, tmp_path):
     args = [*SMALL, *NOISY, *ADV, "--warmup", "2", "--out", str(tmp_path)]
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *args, "--iters", "100000", "--save-every", "3"],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *args, "--iters", "100000", "--save-every", "3"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.time() + 120
     while not (tmp_path / "ckpt.pt").exists() and time.time() < deadline:
         time.sleep(0.002)
@@ -82,7 +104,21 @@ def test_kill_and_resume_equals_uninterrupted(checkpoint, tmp_path):
     step = weights(tmp_path)[1]["step"]
     if step >= 10:
         pytest.skip("this machine trained 10 steps before the kill arrived")
-    assert call(train, "--resume", "--iters", 10, "--out", tmp_path, "--device", "cpu", "--sample-every", 0) == 0
+    assert (
+        call(
+            train,
+            "--resume",
+            "--iters",
+            10,
+            "--out",
+            tmp_path,
+            "--device",
+            "cpu",
+            "--sample-every",
+            0,
+        )
+        == 0
+    )
     assert torch.equal(weights(tmp_path)[0], weights(checkpoint)[0])  # bit for bit
 
 
@@ -103,7 +139,9 @@ def test_sigterm_saves_and_exits_cleanly(checkpoint, tmp_path, monkeypatch):
     assert call(train, *args, "--resume") == 0
     assert torch.equal(weights(tmp_path)[0], weights(checkpoint)[0])
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, 11))  # none lost, none twice
+    assert [json.loads(line)["step"] for line in lines] == list(
+        range(1, 11)
+    )  # none lost, none twice
 
 
 @pytest.mark.parametrize("stop", [3, 5, 8])
@@ -124,8 +162,12 @@ def test_resume_in_either_phase_equals_uninterrupted(stop, tmp_path, monkeypatch
     assert call(train, *args, "--out", tmp_path / "parts") == 0
     assert weights(tmp_path / "parts")[1]["step"] == stop
     assert call(train, "--resume", "--out", tmp_path / "parts", "--device", "cpu") == 0
-    assert torch.equal(weights(tmp_path / "parts")[0], weights(tmp_path / "whole")[0])  # bit for bit
-    lines = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert torch.equal(
+        weights(tmp_path / "parts")[0], weights(tmp_path / "whole")[0]
+    )  # bit for bit
+    lines = [
+        json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [("L_reg" in d) for d in lines] == [False] * 5 + [True] * 5
 
 
@@ -168,7 +210,9 @@ def test_resume_across_memory_layouts(tmp_path):
         train.train_step(run, args, 5, [dict(x0=x, t=t, eps=x.flip(0))])
         return [p.detach().contiguous() for p in run.params]
 
-    run = train.prepare(copy.deepcopy(net).to(memory_format=torch.channels_last), args, torch.device("cpu"))
+    run = train.prepare(
+        copy.deepcopy(net).to(memory_format=torch.channels_last), args, torch.device("cpu")
+    )
     step(run)
     state, saved = copy.deepcopy(run.net.state_dict()), copy.deepcopy(run.optimizer.state_dict())
     for moments in saved["state"].values():  # as a device with the other layout leaves them
@@ -176,23 +220,41 @@ def test_resume_across_memory_layouts(tmp_path):
             moments[key] = moments[key].contiguous()
     expected, ends = step(run), []
     for form in (torch.channels_last, torch.contiguous_format):
-        resumed = train.prepare(copy.deepcopy(net).to(memory_format=form), args, torch.device("cpu"))
+        resumed = train.prepare(
+            copy.deepcopy(net).to(memory_format=form), args, torch.device("cpu")
+        )
         resumed.net.load_state_dict(state)
         resumed.optimizer.load_state_dict(copy.deepcopy(saved))
         train.lay_out_moments(resumed.optimizer)
         ends.append(step(resumed))
     assert all(torch.equal(a, b) for a, b in zip(ends[0], expected))
-    assert all((a - b).abs().max() < 1e-3 for a, b in zip(ends[1], expected))  # another layout, another rounding
+    assert all(
+        (a - b).abs().max() < 1e-3 for a, b in zip(ends[1], expected)
+    )  # another layout, another rounding
 
 
 def test_two_processes_and_accumulation_equal_one_process(tmp_path):
     """Sums are taken in another order, and Adam divides gradients near 0 by their own size: hence the small --lr."""
-    args = [*SMALL, *NOISY, *ADV, "--iters", "5", "--warmup", "0", "--lr", "1e-4", "--dropout", "0.1"]
+    args = [
+        *SMALL,
+        *NOISY,
+        *ADV,
+        "--iters",
+        "5",
+        "--warmup",
+        "0",
+        "--lr",
+        "1e-4",
+        "--dropout",
+        "0.1",
+    ]
     torchrun("train.py", *args, "--out", tmp_path / "two")
     assert call(train, *args, "--accum", 4, "--out", tmp_path / "accum") == 0
     assert call(train, *args, "--out", tmp_path / "one") == 0
     assert call(train, *args, "--seed", 1, "--out", tmp_path / "other") == 0
-    one, two, accum, other = (weights(tmp_path / name)[0] for name in ("one", "two", "accum", "other"))
+    one, two, accum, other = (
+        weights(tmp_path / name)[0] for name in ("one", "two", "accum", "other")
+    )
     assert (two - one).abs().max() < 1e-6
     assert (accum - one).abs().max() < 1e-6
     assert (other - one).abs().max() > 1e-4  # another seed does differ
@@ -210,7 +272,18 @@ def test_streamed_data_trains_the_same(checkpoint, tmp_path, monkeypatch):
 
 def test_image_i_depends_on_seed_and_i_alone(checkpoint, tmp_path):
     def images(name, *args, run=call, script=sample):
-        args = ["--ckpt", checkpoint / "ckpt.pt", "--steps", 5, "--device", "cpu", "--out", tmp_path / name, "--no-png", *args]
+        args = [
+            "--ckpt",
+            checkpoint / "ckpt.pt",
+            "--steps",
+            5,
+            "--device",
+            "cpu",
+            "--out",
+            tmp_path / name,
+            "--no-png",
+            *args,
+        ]
         run(script, *args)
         return np.load(tmp_path / name / "samples.npz")["images"]
 
@@ -226,12 +299,45 @@ def test_a_smaller_sample_leaves_no_images_of_a_larger_one(checkpoint, tmp_path)
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "mine.png").write_bytes(b"")  # not the script's to remove
     for n in (3, 2):  # the folder of a checkpoint will do
-        assert call(sample, "--ckpt", checkpoint, "--steps", 2, "--device", "cpu", "--n", n, "--out", tmp_path) == 0
-    assert sorted(p.name for p in (tmp_path / "images").iterdir()) == ["000000.png", "000001.png", "mine.png"]
+        assert (
+            call(
+                sample,
+                "--ckpt",
+                checkpoint,
+                "--steps",
+                2,
+                "--device",
+                "cpu",
+                "--n",
+                n,
+                "--out",
+                tmp_path,
+            )
+            == 0
+        )
+    assert sorted(p.name for p in (tmp_path / "images").iterdir()) == [
+        "000000.png",
+        "000001.png",
+        "mine.png",
+    ]
 
 
 def test_init_starts_from_the_ema_weights(checkpoint, tmp_path):
-    assert call(train, *SMALL, "--iters", 1, "--lr", 0, "--init", checkpoint / "ckpt.pt", "--out", tmp_path) == 0
+    assert (
+        call(
+            train,
+            *SMALL,
+            "--iters",
+            1,
+            "--lr",
+            0,
+            "--init",
+            checkpoint / "ckpt.pt",
+            "--out",
+            tmp_path,
+        )
+        == 0
+    )
     old, new = weights(checkpoint)[1]["ema"], weights(tmp_path)[1]["model"]
     assert all(torch.equal(old[k], new[k]) for k in old)
 
@@ -243,7 +349,9 @@ def test_compiled_attack_and_loss_equal_eager(tmp_path):
 
     torch.manual_seed(0)
     net = UNet(**PRESETS["tiny"])
-    torch.nn.init.normal_(net.conv_out.weight, std=0.02)  # the zero it starts with would hide the attack
+    torch.nn.init.normal_(
+        net.conv_out.weight, std=0.02
+    )  # the zero it starts with would hide the attack
     x0, eps, u = torch.randn(3, 2, 3, 8, 8)
     t, beta = torch.tensor([30, 600]), torch.tensor([0.7, 1.6])
     values = []
@@ -257,7 +365,9 @@ def test_compiled_attack_and_loss_equal_eager(tmp_path):
 def test_the_average_of_the_weights_holds_no_graph(checkpoint, monkeypatch, tmp_path):
     """EMA tensors with a grad_fn would keep every step of the run in memory."""
     seen = []
-    monkeypatch.setattr(train, "generate", lambda ema, *args, **kw: seen.append(ema) or torch.zeros(64, 3, 8, 8))
+    monkeypatch.setattr(
+        train, "generate", lambda ema, *args, **kw: seen.append(ema) or torch.zeros(64, 3, 8, 8)
+    )
     assert call(train, *SMALL, "--iters", 2, "--out", tmp_path) == 0
     assert seen and not any(p.requires_grad or p.grad_fn is not None for p in seen[0].parameters())
 
@@ -266,14 +376,45 @@ def test_half_written_log_line_does_not_stop_a_resume(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "run")
     with (tmp_path / "run" / "metrics.jsonl").open("a") as f:
         f.write('{"step": 11, "lo')
-    assert call(train, "--resume", "--iters", 11, "--device", "cpu", "--sample-every", 0, "--out", tmp_path / "run") == 0
+    assert (
+        call(
+            train,
+            "--resume",
+            "--iters",
+            11,
+            "--device",
+            "cpu",
+            "--sample-every",
+            0,
+            "--out",
+            tmp_path / "run",
+        )
+        == 0
+    )
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 12))
 
 
 def test_non_finite_loss_names_step_and_checkpoint(checkpoint, tmp_path):
-    message = call(train, *SMALL, "--iters", 20, "--lr", 1e30, "--warmup", 0, "--out", tmp_path, "--save-every", 1)
-    assert "the loss or gradient of step" in message and "not finite" in message and "ckpt.pt" in message
+    message = call(
+        train,
+        *SMALL,
+        "--iters",
+        20,
+        "--lr",
+        1e30,
+        "--warmup",
+        0,
+        "--out",
+        tmp_path,
+        "--save-every",
+        1,
+    )
+    assert (
+        "the loss or gradient of step" in message
+        and "not finite" in message
+        and "ckpt.pt" in message
+    )
     assert torch.isfinite(weights(tmp_path)[0]).all() or weights(tmp_path)[1]["step"] == 1
 
 
@@ -306,8 +447,12 @@ def test_train_refuses_bad_input(capsys, tmp_path, checkpoint):
     assert "--lam" in refuse("--lam", 0.5)  # without effect under --robust none
     assert "no such checkpoint" in refuse("--resume")
     assert "no such checkpoint" in refuse("--init", tmp_path / "nothing.pt")
-    assert "--resume with --init" in bad(capsys, train, "--resume", "--init", "x", "--out", checkpoint)
-    assert "was trained with adv" in bad(capsys, train, "--resume", "--robust", "ran", "--out", checkpoint)
+    assert "--resume with --init" in bad(
+        capsys, train, "--resume", "--init", "x", "--out", checkpoint
+    )
+    assert "was trained with adv" in bad(
+        capsys, train, "--resume", "--robust", "ran", "--out", checkpoint
+    )
     assert "holds a checkpoint" in bad(capsys, train, *SMALL, "--out", checkpoint)
     other = torch.load(checkpoint / "ckpt.pt", weights_only=True)
     other["config"] = other["config"] | {"channels": [32, 64, 64]}
@@ -337,7 +482,9 @@ def test_sample_refuses_bad_input(capsys, tmp_path, checkpoint):
     assert "truncated" in refuse("--ckpt", tmp_path / "short.pt")
     assert "no config.json" in refuse("--ckpt", tmp_path)
     assert "--steps: invalid int value: 'x'; see --help" in refuse("--ckpt", good, "--steps", "x")
-    assert "no such file" in refuse("--ckpt", good, "--n", 4, "--fid", "--inception-weights", tmp_path / "none.pth")
+    assert "no such file" in refuse(
+        "--ckpt", good, "--n", 4, "--fid", "--inception-weights", tmp_path / "none.pth"
+    )
 
 
 def test_full_disk_keeps_the_previous_checkpoint(capsys, tmp_path, checkpoint, monkeypatch):
@@ -350,13 +497,18 @@ def test_full_disk_keeps_the_previous_checkpoint(capsys, tmp_path, checkpoint, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    assert "No space left" in bad(capsys, train, "--resume", "--iters", 4, "--device", "cpu", "--out", out)
+    assert "No space left" in bad(
+        capsys, train, "--resume", "--iters", 4, "--device", "cpu", "--out", out
+    )
     assert (out / "ckpt.pt").read_bytes() == before
     assert not list(out.glob("*.tmp"))
 
 
-RIVALS = {"ambient": "--robust ambient --sigma-scale 1.2", "huber": "--robust huber --corrupt outliers",
-          "drop": "--robust ran --reg-last 1 --drop-noisy --noisy-above 0.1"}
+RIVALS = {
+    "ambient": "--robust ambient --sigma-scale 1.2",
+    "huber": "--robust huber --corrupt outliers",
+    "drop": "--robust ran --reg-last 1 --drop-noisy --noisy-above 0.1",
+}
 
 
 @pytest.fixture
@@ -368,10 +520,19 @@ def no_pictures(monkeypatch):
 
 @pytest.mark.parametrize("name", RIVALS)
 def test_rivals_resume_bit_for_bit(name, tmp_path, capsys, no_pictures):
-    args = [*SMALL, "--p", "0.5", "--warmup", "2", *("--sigma 0.3".split() if name != "huber" else [])]
+    args = [
+        *SMALL,
+        "--p",
+        "0.5",
+        "--warmup",
+        "2",
+        *("--sigma 0.3".split() if name != "huber" else []),
+    ]
     assert call(train, *args, *RIVALS[name].split(), "--iters", 3, "--out", tmp_path / "whole") == 0
     assert call(train, *args, *RIVALS[name].split(), "--iters", 2, "--out", tmp_path / "parts") == 0
-    assert call(train, "--resume", "--iters", 3, "--device", "cpu", "--out", tmp_path / "parts") == 0
+    assert (
+        call(train, "--resume", "--iters", 3, "--device", "cpu", "--out", tmp_path / "parts") == 0
+    )
     assert torch.equal(weights(tmp_path / "whole")[0], weights(tmp_path / "parts")[0])
     record = json.loads((tmp_path / "whole" / "metrics.json").read_text())
     assert {"ambient": "L_ambient", "huber": "L_Huber", "drop": "L_reg"}[name] in record
@@ -379,7 +540,9 @@ def test_rivals_resume_bit_for_bit(name, tmp_path, capsys, no_pictures):
         assert record["judged_noisy"] == 32
         assert capsys.readouterr().out.count("32 images are judged noisy") == 3
     for flag in ("--sigma-scale 1", "--huber-c 0.5", "--noisy-above 0.2", "--corrupt blur"):
-        assert flag.split()[0] in bad(capsys, train, "--resume", *flag.split(), "--out", tmp_path / "parts")
+        assert flag.split()[0] in bad(
+            capsys, train, "--resume", *flag.split(), "--out", tmp_path / "parts"
+        )
 
 
 def test_rivals_on_clean_data(tmp_path, no_pictures):
@@ -392,7 +555,9 @@ def test_rivals_on_clean_data(tmp_path, no_pictures):
     for i, image in enumerate(synthetic_butterflies(8, 8)[0]):
         Image.fromarray(image).save(tmp_path / "images" / f"{i}.png")
     args = [*SMALL, "--data", f"folder:{tmp_path}/images", "--data-root", tmp_path, "--iters", 2]
-    for name, flags in dict(plain=[], ambient=["--robust", "ambient"], drop=["--drop-noisy"]).items():
+    for name, flags in dict(
+        plain=[], ambient=["--robust", "ambient"], drop=["--drop-noisy"]
+    ).items():
         assert call(train, *args, *flags, "--out", tmp_path / name) == 0
     plain, ambient, drop = (weights(tmp_path / name)[0] for name in ("plain", "ambient", "drop"))
     assert torch.equal(plain, ambient) and torch.equal(plain, drop)
@@ -406,7 +571,9 @@ def test_noise_is_estimated_from_the_corrupted_images():
     sigma = metrics.estimate_noise(data, 0.1)
     assert torch.equal(sigma > 0, data.corrupted)
     assert sigma[data.corrupted].mean().item() == pytest.approx(0.21, abs=0.02)
-    torch.testing.assert_close(sigma[data.corrupted], metrics.noise_mad(data.batch(torch.arange(700)))[data.corrupted])
+    torch.testing.assert_close(
+        sigma[data.corrupted], metrics.noise_mad(data.batch(torch.arange(700)))[data.corrupted]
+    )
     assert (metrics.estimate_noise(data, 10) == 0).all()
 
 
@@ -414,13 +581,21 @@ def test_train_refuses_senseless_rivals(capsys, tmp_path):
     def refuse(*args):
         return bad(capsys, train, *SMALL, "--iters", 1, "--out", tmp_path / "o", *args)
 
-    assert "--huber-c" in refuse("--huber-c", 0.5) and "--huber-c 0" in refuse("--robust", "huber", "--huber-c", 0)
+    assert "--huber-c" in refuse("--huber-c", 0.5) and "--huber-c 0" in refuse(
+        "--robust", "huber", "--huber-c", 0
+    )
     assert "--sigma-scale" in refuse("--robust", "adv", "--sigma-scale", 1.2)
     assert "--sigma-scale -1" in refuse("--robust", "ambient", "--sigma-scale", -1)
-    assert "--noisy-above" in refuse("--noisy-above", 0.1) and "--noisy-above -1" in refuse("--drop-noisy", "--noisy-above", -1)
+    assert "--noisy-above" in refuse("--noisy-above", 0.1) and "--noisy-above -1" in refuse(
+        "--drop-noisy", "--noisy-above", -1
+    )
     assert "--drop-noisy" in refuse("--robust", "ambient", "--drop-noisy")
-    assert "--drop-noisy" in refuse("--drop-noisy", "--p", 0.9, "--sigma", 0.3)  # 6 images left for a batch of 8
-    assert "--lam" in refuse("--robust", "ambient", "--lam", 0.5) and "--lam" in refuse("--robust", "huber", "--lam", 0.5)
+    assert "--drop-noisy" in refuse(
+        "--drop-noisy", "--p", 0.9, "--sigma", 0.3
+    )  # 6 images left for a batch of 8
+    assert "--lam" in refuse("--robust", "ambient", "--lam", 0.5) and "--lam" in refuse(
+        "--robust", "huber", "--lam", 0.5
+    )
     assert "--corrupt blur" in refuse("--corrupt", "blur")
     assert "--p 0.5" in refuse("--corrupt", "blur", "--p", 0.5)
     assert "--sigma 0.2" in refuse("--corrupt", "outliers", "--p", 0.5, "--sigma", 0.2)
@@ -434,24 +609,56 @@ def test_draw_numbers_have_their_distributions():
     g, n = torch.Generator(), 4000
     flip, t, beta, eps, u = train.draw_numbers(g, 5, 7, 1000, n, 8).values()
     assert abs(flip.double().mean() - 0.5) < 0.04 and t.min() >= 0 and t.max() <= 999
-    for x, low, high in ((t.double(), 0, 999), (beta.double(), 0.5, 2), (u.double().flatten(), -1, 1)):
+    for x, low, high in (
+        (t.double(), 0, 999),
+        (beta.double(), 0.5, 2),
+        (u.double().flatten(), -1, 1),
+    ):
         x = ((x - low) / (high - low)).sort().values
-        assert (x - torch.linspace(0, 1, len(x), dtype=torch.float64)).abs().max() < 1.95 / len(x) ** 0.5  # Kolmogorov, 0.1 %
-    assert eps.shape == u.shape == (n, 3, 8, 8) and abs(eps.mean()) < 0.005 and abs(eps.var() - 1) < 0.01
+        assert (x - torch.linspace(0, 1, len(x), dtype=torch.float64)).abs().max() < 1.95 / len(
+            x
+        ) ** 0.5  # Kolmogorov, 0.1 %
+    assert (
+        eps.shape == u.shape == (n, 3, 8, 8)
+        and abs(eps.mean()) < 0.005
+        and abs(eps.var() - 1) < 0.01
+    )
     assert abs(eps.double().pow(4).mean() - 3) < 0.06
     again, other = (train.draw_numbers(g, 5, step, 1000, n, 8) for step in (7, 8))
-    assert torch.equal(eps, again["eps"]) and not torch.equal(eps, other["eps"]) and (t != other["t"]).float().mean() > 0.99
+    assert (
+        torch.equal(eps, again["eps"])
+        and not torch.equal(eps, other["eps"])
+        and (t != other["t"]).float().mean() > 0.99
+    )
 
 
 def test_no_flip_mirrors_nothing(tmp_path, monkeypatch, no_pictures):
     """The batch is then what the set gives without flips; by default about half of it is mirrored."""
     batches, real = {}, train.ddpm_loss
     for flag in ("--flip", "--no-flip"):
-        monkeypatch.setattr(train, "ddpm_loss", lambda *a, flag=flag: batches.update({flag: a[2]}) or real(*a))
-        assert call(train, *SMALL, *NOISY, "--batch-size", 64, "--iters", 1, flag, "--out", tmp_path / flag) == 0
+        monkeypatch.setattr(
+            train, "ddpm_loss", lambda *a, flag=flag: batches.update({flag: a[2]}) or real(*a)
+        )
+        assert (
+            call(
+                train,
+                *SMALL,
+                *NOISY,
+                "--batch-size",
+                64,
+                "--iters",
+                1,
+                flag,
+                "--out",
+                tmp_path / flag,
+            )
+            == 0
+        )
     same = (batches["--flip"] == batches["--no-flip"]).flatten(1).all(1)
     mirrored = (batches["--flip"].flip(3) == batches["--no-flip"]).flatten(1).all(1)
-    assert (same | mirrored).all() and 12 < same.sum() < 52  # a clean butterfly is its own mirror image
+    assert (
+        same | mirrored
+    ).all() and 12 < same.sum() < 52  # a clean butterfly is its own mirror image
     images, _ = load_images("synthetic:64", 8)
     data = CorruptedImages(images, None, 0.9, 0.2, 0)
     assert torch.equal(batches["--no-flip"], data.batch(Order(64, 0)(0, 64)))
@@ -459,6 +666,7 @@ def test_no_flip_mirrors_nothing(tmp_path, monkeypatch, no_pictures):
 
 def test_update_is_adam_with_warmup_clipping_and_a_ramped_average():
     """Three steps on eps_theta = w x_t, two of them clipped, against Adam (Kingma & Ba, Alg. 1) written out."""
+
     class Scale(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -467,23 +675,33 @@ def test_update_is_adam_with_warmup_clipping_and_a_ramped_average():
         def forward(self, x, t):
             return self.w[:, None, None] * x
 
-    net, args = Scale(), train.parse_args("--lr 0.1 --warmup 2 --clip-grad 0.4 --ema 0.2 --robust none".split())
+    net, args = (
+        Scale(),
+        train.parse_args("--lr 0.1 --warmup 2 --clip-grad 0.4 --ema 0.2 --robust none".split()),
+    )
     run, abar = train.prepare(net, args, torch.device("cpu")), train.NoiseSchedule().alphas_bar
     w, mean, square, average = np.array([0.3, -0.7]), 0.0, 0.0, np.array([0.3, -0.7])
     clipped = []
     for step, size in enumerate((1.0, 0.1, 2.0)):
         g = torch.Generator().manual_seed(step)
-        x0, eps = (size * torch.randn(6, 2, 2, 2, dtype=torch.float64, generator=g) for _ in range(2))
+        x0, eps = (
+            size * torch.randn(6, 2, 2, 2, dtype=torch.float64, generator=g) for _ in range(2)
+        )
         t = torch.randint(1000, (6,), generator=g)
         parts = [dict(x0=x0[i : i + 3], t=t[i : i + 3], eps=eps[i : i + 3]) for i in (0, 3)]
         logged = train.train_step(run, args, step, parts)
         a = abar[t].view(-1, 1, 1, 1)
-        x, e = (v.transpose(0, 1).flatten(1).numpy() for v in (a.sqrt() * x0 + (1 - a).sqrt() * eps, eps))
+        x, e = (
+            v.transpose(0, 1).flatten(1).numpy()
+            for v in (a.sqrt() * x0 + (1 - a).sqrt() * eps, eps)
+        )
         r = w[:, None] * x - e
         grad = (2 * r * x).sum(1) / r.size
         norm = np.linalg.norm(grad)
         clipped.append(norm > 0.4)
-        assert float(logged["loss"]) == pytest.approx((r**2).mean()) and float(logged["grad_norm"]) == pytest.approx(norm)
+        assert float(logged["loss"]) == pytest.approx((r**2).mean()) and float(
+            logged["grad_norm"]
+        ) == pytest.approx(norm)
         grad = grad * min(1, 0.4 / (norm + 1e-6))
         mean, square = 0.9 * mean + 0.1 * grad, 0.999 * square + 0.001 * grad**2
         k, lr = step + 1, 0.1 * min(1, (step + 1) / 2)
@@ -502,7 +720,9 @@ def test_bf16_update_is_autocast(method):
     net = UNet(channels=(32, 32), attention=(False, True), blocks=1, dropout=0.0)
     torch.nn.init.normal_(net.conv_out.weight, std=0.1)
     paper = [] if method == "none" else "--reg-last 1 --reg-share 1".split()
-    args = train.parse_args([*f"--lr 0.01 --warmup 0 --clip-grad 0 --amp bf16 --robust {method}".split(), *paper])
+    args = train.parse_args(
+        [*f"--lr 0.01 --warmup 0 --clip-grad 0 --amp bf16 --robust {method}".split(), *paper]
+    )
     run, plain = (train.prepare(copy.deepcopy(net), args, torch.device("cpu")) for _ in range(2))
     plain.model, plain.weights = plain.net, plain.params  # as in --amp fp32, but under autocast
     for step in range(3):
@@ -511,11 +731,16 @@ def test_bf16_update_is_autocast(method):
         numbers["x0"] = torch.randn(4, 3, 8, 8, generator=generator)
         parts = [{k: v[i : i + 2] for k, v in numbers.items()} for i in (0, 2)]
         ours, theirs = (train.train_step(r, args, step, parts) for r in (run, plain))
-        assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=0 if method == "none" else 0.02)
+        assert float(ours["loss"]) == pytest.approx(
+            float(theirs["loss"]), rel=0 if method == "none" else 0.02
+        )
         for p, q in zip(run.params, plain.params) if step == 0 or method == "none" else ():
             assert p.grad.dtype == torch.float32  # "adv" sums the gradients of two forwards in bf16
             assert (p.grad - q.grad).norm() <= (0 if method == "none" else 0.01) * q.grad.norm()
-    assert not torch.equal(run.params[0], net.conv_in.weight) and run.ema.conv_in.weight.dtype == torch.float32
+    assert (
+        not torch.equal(run.params[0], net.conv_in.weight)
+        and run.ema.conv_in.weight.dtype == torch.float32
+    )
 
 
 @pytest.fixture(scope="module")
@@ -528,30 +753,81 @@ def classifiers(tmp_path_factory):
     torch.manual_seed(0)
     for classes in (3, 10):
         net = WideResNet(10, 1, classes)
-        save_checkpoint(out / f"{classes}.pt", dict(kind="classifier", config=net.config, model=net.state_dict()))
+        save_checkpoint(
+            out / f"{classes}.pt",
+            dict(kind="classifier", config=net.config, model=net.state_dict()),
+        )
     return out
 
 
-def test_addt_resumes_bit_for_bit_and_needs_its_classifier(checkpoint, classifiers, tmp_path, capsys, monkeypatch):
+def test_addt_resumes_bit_for_bit_and_needs_its_classifier(
+    checkpoint, classifiers, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(train, "generate", lambda *args, **kw: torch.zeros(64, 3, 8, 8))
-    addt = [*SMALL, "--robust", "addt", "--init", checkpoint / "ckpt.pt", "--warmup", 0, "--optimizer", "adamw"]
+    addt = [
+        *SMALL,
+        "--robust",
+        "addt",
+        "--init",
+        checkpoint / "ckpt.pt",
+        "--warmup",
+        0,
+        "--optimizer",
+        "adamw",
+    ]
     guided = [*addt, "--classifier", classifiers / "10.pt"]
     assert call(train, *guided, "--iters", 4, "--out", tmp_path / "whole") == 0
     torch.rand(7)  # the global generator's state must not matter
     assert call(train, *guided, "--iters", 2, "--out", tmp_path / "parts") == 0
     torch.rand(7)
-    assert call(train, "--resume", "--iters", 4, "--device", "cpu", "--sample-every", 0, "--out", tmp_path / "parts") == 0
+    assert (
+        call(
+            train,
+            "--resume",
+            "--iters",
+            4,
+            "--device",
+            "cpu",
+            "--sample-every",
+            0,
+            "--out",
+            tmp_path / "parts",
+        )
+        == 0
+    )
     assert torch.equal(weights(tmp_path / "parts")[0], weights(tmp_path / "whole")[0])
     record = json.loads((tmp_path / "whole" / "metrics.json").read_text())
-    assert record["L_guide"] > 0 and 0 < record["lambda_t"] <= 0.3 and record["L_ADDT"] == record["loss"]
-    assert call(train, *addt, "--addt-guide", "mse", "--addt-perturb", "linf", "--iters", 1, "--out", tmp_path / "mse") == 0
+    assert (
+        record["L_guide"] > 0
+        and 0 < record["lambda_t"] <= 0.3
+        and record["L_ADDT"] == record["loss"]
+    )
+    assert (
+        call(
+            train,
+            *addt,
+            "--addt-guide",
+            "mse",
+            "--addt-perturb",
+            "linf",
+            "--iters",
+            1,
+            "--out",
+            tmp_path / "mse",
+        )
+        == 0
+    )
 
     capsys.readouterr()
-    for message, args in {"needs --classifier PATH": addt, "takes no --classifier": [*guided, "--addt-guide", "none"],
-                          "--lam: has no effect": [*guided, "--lam", 1], "--addt-guide: has no effect":
-                          [*SMALL, "--addt-guide", "mse"], "no such checkpoint": [*addt, "--classifier", tmp_path / "no.pt"],
-                          "holds no classifier": [*addt, "--classifier", checkpoint / "ckpt.pt"],
-                          "knows 3 classes": [*addt, "--classifier", classifiers / "3.pt"]}.items():
+    for message, args in {
+        "needs --classifier PATH": addt,
+        "takes no --classifier": [*guided, "--addt-guide", "none"],
+        "--lam: has no effect": [*guided, "--lam", 1],
+        "--addt-guide: has no effect": [*SMALL, "--addt-guide", "mse"],
+        "no such checkpoint": [*addt, "--classifier", tmp_path / "no.pt"],
+        "holds no classifier": [*addt, "--classifier", checkpoint / "ckpt.pt"],
+        "knows 3 classes": [*addt, "--classifier", classifiers / "3.pt"],
+    }.items():
         assert message in bad(capsys, train, *args, "--iters", 1, "--out", tmp_path / "o")
     from PIL import Image
 
@@ -561,7 +837,9 @@ def test_addt_resumes_bit_for_bit_and_needs_its_classifier(checkpoint, classifie
     flat = f"folder:{tmp_path}/flat"
     train.load_images(flat, 8, root=tmp_path)  # decodes, with a bar on stderr
     capsys.readouterr()
-    assert "has no labels" in bad(capsys, train, *guided, "--data", flat, "--data-root", tmp_path, "--out", tmp_path / "o")
+    assert "has no labels" in bad(
+        capsys, train, *guided, "--data", flat, "--data-root", tmp_path, "--out", tmp_path / "o"
+    )
 
 
 class Waits(TorchDispatchMode):
@@ -571,34 +849,72 @@ class Waits(TorchDispatchMode):
     It sees no calls from within kernels. There is one on a CPU, where fused Adam reads its step counters.
     """
 
-    NAMES = ("_local_scalar_dense is_nonzero equal nonzero masked_select _unique2 unique_dim unique_consecutive "
-             "lift_fresh").split()
+    NAMES = (
+        "_local_scalar_dense is_nonzero equal nonzero masked_select _unique2 unique_dim unique_consecutive "
+        "lift_fresh"
+    ).split()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        masked = "index" in name and isinstance(args[1], (list, tuple)) and any(
-            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        masked = (
+            "index" in name
+            and isinstance(args[1], (list, tuple))
+            and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        )
         if name in self.NAMES or masked or str(func) == "aten.repeat_interleave.Tensor":
             self.found.append(name)
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("flags", [
-    "none --corrupt blur --p 0.9 --sigma 1", "ran --reg-last 1 --drop-noisy --p 0.5 --sigma 0.3",
-    "adv --reg-last 1 --accum 2 --p 0.9 --sigma 0.2", "inv-adv --reg-last 1 --corrupt patch --p 0.9 --sigma 0.5",
-    "ambient --corrupt salt-pepper --p 0.9 --sigma 0.2",
-    "huber --corrupt outliers --p 0.9", "addt --init CHECKPOINT --classifier CLASSIFIER"])
-def test_step_never_waits_for_the_device(flags, checkpoint, classifiers, tmp_path, monkeypatch, no_pictures):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "none --corrupt blur --p 0.9 --sigma 1",
+        "ran --reg-last 1 --drop-noisy --p 0.5 --sigma 0.3",
+        "adv --reg-last 1 --accum 2 --p 0.9 --sigma 0.2",
+        "inv-adv --reg-last 1 --corrupt patch --p 0.9 --sigma 0.5",
+        "ambient --corrupt salt-pepper --p 0.9 --sigma 0.2",
+        "huber --corrupt outliers --p 0.9",
+        "addt --init CHECKPOINT --classifier CLASSIFIER",
+    ],
+)
+def test_step_never_waits_for_the_device(
+    flags, checkpoint, classifiers, tmp_path, monkeypatch, no_pictures
+):
     """From the first draw of a run to its last: two whole rounds of the loop, the draws, the update and what is logged."""
     waits, starts, draw_numbers = Waits(), [], train.draw_numbers
     waits.found = found = []
-    monkeypatch.setattr(train, "draw_numbers", lambda *args: starts.append(len(found)) or draw_numbers(*args))
+    monkeypatch.setattr(
+        train, "draw_numbers", lambda *args: starts.append(len(found)) or draw_numbers(*args)
+    )
     for name in ("cpu", "numpy", "tolist"):  # no operators where the tensor is on a CPU
         real = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda *args, name=name, real=real: found.append(name) or real(*args))
-    flags = flags.replace("CHECKPOINT", f"{checkpoint}/ckpt.pt").replace("CLASSIFIER", f"{classifiers}/10.pt").split()
-    args = [*SMALL, "--log-every", 9, "--save-every", 9, "--iters", 3, "--out", tmp_path, "--robust", *flags]
+        monkeypatch.setattr(
+            torch.Tensor,
+            name,
+            lambda *args, name=name, real=real: found.append(name) or real(*args),
+        )
+    flags = (
+        flags.replace("CHECKPOINT", f"{checkpoint}/ckpt.pt")
+        .replace("CLASSIFIER", f"{classifiers}/10.pt")
+        .split()
+    )
+    args = [
+        *SMALL,
+        "--log-every",
+        9,
+        "--save-every",
+        9,
+        "--iters",
+        3,
+        "--out",
+        tmp_path,
+        "--robust",
+        *flags,
+    ]
     with waits:
         assert call(train, *args) == 0
     assert len(starts) == 3 and found[starts[0] : starts[2]] == []
-    assert "_local_scalar_dense" in found[: starts[0]] and "tolist" in found[starts[2] :]  # it sees those before and after
+    assert (
+        "_local_scalar_dense" in found[: starts[0]] and "tolist" in found[starts[2] :]
+    )  # it sees those before and after

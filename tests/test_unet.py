@@ -12,12 +12,26 @@ import torch.nn.functional as F
 from unet import PRESETS, Attention, Dropout, UNet, load_checkpoint, save_checkpoint
 
 CONFIG = dict(
-    sample_size=32, in_channels=3, out_channels=3, layers_per_block=2, block_out_channels=(128, 256, 256, 256),
+    sample_size=32,
+    in_channels=3,
+    out_channels=3,
+    layers_per_block=2,
+    block_out_channels=(128, 256, 256, 256),
     down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), attention_head_dim=None,
-    downsample_padding=0, norm_eps=1e-6, flip_sin_to_cos=False, freq_shift=1)  # google/ddpm-cifar10-32
-SMALL = dict(CONFIG, layers_per_block=1, block_out_channels=(32, 64), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-             up_block_types=("AttnUpBlock2D", "UpBlock2D"))
+    up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    attention_head_dim=None,
+    downsample_padding=0,
+    norm_eps=1e-6,
+    flip_sin_to_cos=False,
+    freq_shift=1,
+)  # google/ddpm-cifar10-32
+SMALL = dict(
+    CONFIG,
+    layers_per_block=1,
+    block_out_channels=(32, 64),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+)
 
 
 def reference(**config):
@@ -62,7 +76,11 @@ def test_parity_with_diffusers():
     ref = reference(**CONFIG)
     net = UNet.from_diffusers(ref.state_dict())
     assert not net.training and agree(net, ref)
-    assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in ref.parameters()) == 35_746_307
+    assert (
+        sum(p.numel() for p in net.parameters())
+        == sum(p.numel() for p in ref.parameters())
+        == 35_746_307
+    )
 
 
 @pytest.mark.parametrize("safe", [True, False])
@@ -85,7 +103,12 @@ def test_old_attention_names_load():
     ref = reference(**SMALL)
     old = {}
     for key, value in ref.state_dict().items():
-        for a, b in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        for a, b in (
+            ("to_q", "query"),
+            ("to_k", "key"),
+            ("to_v", "value"),
+            ("to_out.0", "proj_attn"),
+        ):
             key = key.replace(f".{a}.", f".{b}.")
         old[key] = value
     assert any("query" in key for key in old) and any("proj_attn" in key for key in old)
@@ -96,11 +119,22 @@ def test_old_attention_names_load():
     assert agree(UNet.from_diffusers(old), ref, size=16)
 
 
-@pytest.mark.parametrize("change", [
-    dict(norm_eps=1e-5), dict(attention_head_dim=8), dict(downsample_padding=1), dict(flip_sin_to_cos=True),
-    dict(freq_shift=0), dict(act_fn="gelu"), dict(resnet_time_scale_shift="scale_shift"), dict(out_channels=6),
-    dict(add_attention=False), dict(up_block_types=("UpBlock2D", "UpBlock2D")),
-], ids=lambda change: next(iter(change)))
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(norm_eps=1e-5),
+        dict(attention_head_dim=8),
+        dict(downsample_padding=1),
+        dict(flip_sin_to_cos=True),
+        dict(freq_shift=0),
+        dict(act_fn="gelu"),
+        dict(resnet_time_scale_shift="scale_shift"),
+        dict(out_channels=6),
+        dict(add_attention=False),
+        dict(up_block_types=("UpBlock2D", "UpBlock2D")),
+    ],
+    ids=lambda change: next(iter(change)),
+)
 def test_refuses_another_config(change, tmp_path):
     """Other arithmetic under the same names must not load silently."""
     reference(**dict(SMALL, **change)).save_pretrained(tmp_path)
@@ -146,8 +180,12 @@ def test_dropout_by_keys():
         for axis in ((1, 2, 3), (0, 2, 3)):  # of a row, of a channel
             spread = d.mean(axis).std() / (0.21 / (d.numel() / len(d.mean(axis)))) ** 0.5
             assert 0.4 < spread < 1.9 if len(d.mean(axis)) < 10 else abs(spread - 1) < 0.1
-    pairs = [(dropped[0], dropped[1]), (dropped[0], dropped[2]), (dropped[0][1:], dropped[0][:-1]),
-             (dropped[0][..., 1:], dropped[0][..., :-1])]
+    pairs = [
+        (dropped[0], dropped[1]),
+        (dropped[0], dropped[2]),
+        (dropped[0][1:], dropped[0][:-1]),
+        (dropped[0][..., 1:], dropped[0][..., :-1]),
+    ]
     for a, b in pairs:
         assert abs((a * b).mean() - 0.09) < 5 * (0.09 * 0.91 / a.numel()) ** 0.5
     assert torch.equal(layers[0](x, keys), masks[0])
@@ -183,7 +221,9 @@ def test_sees_x_and_t():
         y = net(x, t)
         assert (net(x, t + 3) - y).abs().max() > 1e-3
         assert (net(x.flip(3), t) - y).abs().max() > 1e-3
-        torch.testing.assert_close(net(x[:1], t[:1]), y[:1], rtol=0, atol=1e-5)  # a row depends on its own inputs
+        torch.testing.assert_close(
+            net(x[:1], t[:1]), y[:1], rtol=0, atol=1e-5
+        )  # a row depends on its own inputs
 
 
 def test_channels_last_is_the_same():
@@ -191,7 +231,9 @@ def test_channels_last_is_the_same():
     with torch.no_grad():
         expected = net(x, t)
         net = net.to(memory_format=torch.channels_last)
-        torch.testing.assert_close(net(x.to(memory_format=torch.channels_last), t), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            net(x.to(memory_format=torch.channels_last), t), expected, rtol=0, atol=1e-5
+        )
 
 
 def test_bf16_attention_is_the_same():
@@ -234,9 +276,15 @@ def test_no_gradient_is_given_twice():
         given.extend(node for node in graph.graph.output_node().args[0] if node is not None)
         return graph.forward
 
-    net, (x, t) = random_net(channels=(32, 32), attention=(False, True), blocks=1, dropout=0.0), inputs(size=8)
-    backend = aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=backward,
-                           partition_fn=min_cut_rematerialization_partition)
+    net, (x, t) = (
+        random_net(channels=(32, 32), attention=(False, True), blocks=1, dropout=0.0),
+        inputs(size=8),
+    )
+    backend = aot_autograd(
+        fw_compiler=lambda graph, inputs: graph.forward,
+        bw_compiler=backward,
+        partition_fn=min_cut_rematerialization_partition,
+    )
     torch.compile(net, backend=backend)(x, t).square().mean().backward()
     assert len(given) == len(set(given)) == len(list(net.parameters()))
 
@@ -248,7 +296,10 @@ def test_cast_is_what_autocast_does():
         assert torch.equal(cast(x, t), net(x, t))
     for name, p in cast.named_parameters():
         assert p.dtype == (torch.float32 if "norm" in name else torch.bfloat16), name
-    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), copy.deepcopy(net).cast(torch.float32).parameters()))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(net.parameters(), copy.deepcopy(net).cast(torch.float32).parameters())
+    )
 
 
 def test_size_must_halve():
@@ -262,8 +313,13 @@ def test_size_must_halve():
 
 
 def tiny_checkpoint():
-    nets = [random_net(seed, channels=[32, 32], attention=[False, True], blocks=1, dropout=0.2) for seed in (0, 1)]
-    return dict(kind="unet", config=nets[0].config, model=nets[0].state_dict(), ema=nets[1].state_dict()), nets
+    nets = [
+        random_net(seed, channels=[32, 32], attention=[False, True], blocks=1, dropout=0.2)
+        for seed in (0, 1)
+    ]
+    return dict(
+        kind="unet", config=nets[0].config, model=nets[0].state_dict(), ema=nets[1].state_dict()
+    ), nets
 
 
 def test_load_round_trip(tmp_path):
@@ -286,7 +342,10 @@ def test_load_refuses_another_network(tmp_path):
     assert one_line(error, tmp_path / "a.pt")
 
 
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed\nat x.cpp")])
+@pytest.mark.parametrize(
+    "failure",
+    [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed\nat x.cpp")],
+)
 def test_failed_save_leaves_the_previous_file(failure, tmp_path, monkeypatch):
     path = tmp_path / "a.pt"
     save_checkpoint(path, dict(step=1))
@@ -327,7 +386,9 @@ def test_code_in_a_checkpoint_is_refused(tmp_path):
             load_checkpoint(tmp_path / name)
         assert one_line(error, tmp_path / name)
         assert not marker.exists()
-    torch.load(tmp_path / "zip.pt", weights_only=False)  # on purpose: what load_checkpoint refused would have run code
+    torch.load(
+        tmp_path / "zip.pt", weights_only=False
+    )  # on purpose: what load_checkpoint refused would have run code
     assert marker.exists()
 
 
@@ -351,7 +412,10 @@ def test_broken_files(tmp_path):
 def test_patch_is_the_network_on_reordered_pixels():
     """UNet(patch=2) is the same network, applied to 2x2 pixels as channels."""
     config = dict(channels=(32, 32), attention=(False, True), blocks=1, dropout=0.0)
-    net, inner = UNet(**config, patch=2).double().eval(), UNet(**config, in_channels=12).double().eval()
+    net, inner = (
+        UNet(**config, patch=2).double().eval(),
+        UNet(**config, in_channels=12).double().eval(),
+    )
     torch.nn.init.normal_(net.conv_out.weight, std=0.1)
     inner.load_state_dict(net.state_dict())
     x, t = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([3, 900])
