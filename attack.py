@@ -43,6 +43,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import metrics
+import runtime
 import sample
 from data import image_noise, load_images, to_float
 from losses import NoiseSchedule, _frozen, like
@@ -316,7 +317,7 @@ def attacked_samples(model, size, args, options, runs, device, rank, world, bar)
                     args.eot,
                     tally,
                 )
-            with sample.autocast(device, args.amp):
+            with runtime.autocast(device, args.amp):
                 x = sample.generate(
                     model,
                     schedule,
@@ -426,8 +427,8 @@ def main():
         )
     if args.eot and args.sampler == "ddim" and args.eta == 0:
         raise ValueError(f"--eot {args.eot}: ddim with --eta 0 adds no noise to average over")
-    device, rank, world = sample.setup(args.device)
-    sample.autocast(device, args.amp)
+    device, rank, world = runtime.setup(args.device)
+    runtime.autocast(device, args.amp)
     names = [sample.folder_name(c) for c in args.ckpt]
     if len(set(names)) < len(names):
         raise ValueError(
@@ -488,7 +489,7 @@ def main():
         violated = sum(
             len(d["checks"]["violated"]) for ds in record.values() for d in ds if "checks" in d
         )
-        metrics.write_metrics(
+        runtime.write_metrics(
             out,
             started,
             seed=args.seed,
@@ -555,7 +556,7 @@ def plot_curves(record, quantities, args, n_steps, path):
     )
     fig, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
     for ax, quantity in zip(axes, quantities):
-        for (name, ds), colour in zip(record.items(), metrics.COLOURS * len(record)):
+        for (name, ds), colour in zip(record.items(), runtime.COLOURS * len(record)):
             for kind, line in (("adversarial", "o-"), ("random", "s--")):
                 points = [
                     (100 * d["share"], d[quantity]) for d in ds if d["kind"] in ("none", kind)
@@ -616,4 +617,4 @@ def plot_rows(pictures, runs, path):
 
 
 if __name__ == "__main__":
-    metrics.cli(main)
+    runtime.cli(main)

@@ -36,12 +36,12 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import metrics
+import runtime
 import train
 from data import CorruptedImages, Order, load_images
 from losses import NoiseSchedule
-from runtime import memory
-from sample import autocast, generate, heun_timesteps, layout, precision, setup
+from runtime import autocast, layout, memory, precision, setup
+from sample import generate, heun_timesteps
 from train import OBJECTIVES, RECIPES
 from unet import PRESETS, UNet
 
@@ -685,7 +685,7 @@ def main():
     timed = [row for row in rows if "img_s" in row]
     if timed:
         plot(timed, out / "bench.png", args)
-    metrics.write_metrics(
+    runtime.write_metrics(
         out,
         started,
         seed=0,
@@ -785,4 +785,4 @@ def plot(rows, path, args):
 
 
 if __name__ == "__main__":
-    metrics.cli(main)
+    runtime.cli(main)

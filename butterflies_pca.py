@@ -27,10 +27,11 @@ import torch
 from tqdm import tqdm
 
 import metrics
+import runtime
 from data import load_images, seed_at
 from losses import NoiseSchedule, ddpm_loss, robust_loss
-from runtime import between
-from sample import ddim_timesteps, generate, setup
+from runtime import between, setup
+from sample import ddim_timesteps, generate
 from unet import UNet
 
 matplotlib.use("Agg")
@@ -325,7 +326,7 @@ def main():
     )
     plot_rows(shown, samples, args, S, out / "rows.png")
     plot_curves(curves, args, out / "curves.png")
-    metrics.write_metrics(
+    runtime.write_metrics(
         out,
         started,
         seed=args.seed,
@@ -405,4 +406,4 @@ def plot_curves(curves, args, path):
 
 
 if __name__ == "__main__":
-    metrics.cli(main)
+    runtime.cli(main)

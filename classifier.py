@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import metrics
+import runtime
 from data import NAMES, CorruptedImages, Order, load_images, seed_at
-from sample import autocast, precision, setup
-from unet import load_checkpoint, save_checkpoint
+from runtime import autocast, load_checkpoint, precision, save_checkpoint, setup
 
 PRESETS = {"wrn-28-10": dict(depth=28, width=10), "small": dict(depth=10, width=2)}
 
@@ -217,7 +216,7 @@ def main():
             accuracy=score,
         ),
     )
-    metrics.write_metrics(
+    runtime.write_metrics(
         out,
         started,
         seed=args.seed,
@@ -232,4 +231,4 @@ def main():
 
 
 if __name__ == "__main__":
-    metrics.cli(main)
+    runtime.cli(main)

@@ -22,6 +22,7 @@ import torch
 from torchvision.utils import make_grid
 
 import metrics
+import runtime
 from data import CorruptedImages, load_images
 from sample import add_arguments, folder_name, sample_and_score
 
@@ -190,7 +191,7 @@ def fewer_steps(numbers, out, args):
                     steps,
                     [d[key] for d in row],
                     line,
-                    color=metrics.COLOURS[i % 7],
+                    color=runtime.COLOURS[i % 7],
                     ms=4,
                     label=f"{name}, {spacing}",
                 )
@@ -217,4 +218,4 @@ def fewer_steps(numbers, out, args):
 
 
 if __name__ == "__main__":
-    metrics.cli(main)
+    runtime.cli(main)

@@ -31,9 +31,11 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 import metrics
+import runtime
+from classifier import load_features
 from data import NAMES, CorruptedImages, load_images
-from sample import add_arguments, load_model, sample_uint8, sampler_options, setup
-from unet import load_checkpoint
+from runtime import load_checkpoint, setup
+from sample import add_arguments, load_model, sample_uint8, sampler_options
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -115,8 +117,6 @@ def features_network(args, train):
     if (
         args.features != "dinov2"
     ):  # post-ReLU features share a large common direction: see the null before any threshold
-        from classifier import load_features
-
         return (
             load_features(args.features),
             f"pooled features of {Path(args.features).name}",
@@ -321,7 +321,7 @@ def histogram(results, thresholds, title, path):
         colour, dash = (
             ("0.45", "-")
             if name == NULL
-            else (metrics.COLOURS[i % 7], ["-", "--", ":"][i // 7 % 3])
+            else (runtime.COLOURS[i % 7], ["-", "--", ":"][i // 7 % 3])
         )
         fill = dict(histtype="stepfilled", fc="0.85") if name == NULL else dict(histtype="step")
         axes[0].hist(
@@ -484,7 +484,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     if args.bench:
         numbers = bench(args.bench, device)
-        metrics.write_metrics(out, started, seed=0, device=device, n=args.bench, d=768, **numbers)
+        runtime.write_metrics(out, started, seed=0, device=device, n=args.bench, d=768, **numbers)
         return print(", ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
 
     if not args.samples or not args.data:
@@ -565,7 +565,7 @@ def main():
         out / "histogram.png",
     )
     pairs(results, train, title, out / "pairs.png")
-    metrics.write_metrics(
+    runtime.write_metrics(
         out,
         started,
         seed=args.seed,
@@ -585,4 +585,4 @@ def main():
 
 
 if __name__ == "__main__":
-    metrics.cli(main)
+    runtime.cli(main)

@@ -4,31 +4,14 @@ Fréchet distances are computed from means and covariances in float64 with eigen
 near-singular covariances and any SciPy version; FID(X, X) is 0 up to rounding.
 """
 
-import argparse
 import hashlib
-import json
 import os
-import platform
-import re
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-
-COLOURS = [
-    "#000000",
-    "#D55E00",
-    "#0072B2",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-]  # of all figures: Okabe and Ito's
 
 # ---------------------------------------------------------------------------------------------------------------------
 # distances between sets of features
@@ -319,57 +302,3 @@ def file_key(path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the record of a run
-
-
-def write_metrics(out, started, *, seed, device, n, **numbers):
-    """OUT/metrics.json: command, commit, seed, versions, device, n, wall time and the numbers. started: time.time()."""
-    here = Path(__file__).resolve().parent
-    try:
-        git = subprocess.run(
-            ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=10"],
-            capture_output=True,
-            text=True,
-        )
-        commit = git.stdout.strip() or "unknown"
-    except OSError:  # no git on this machine
-        commit = "unknown"
-    device = torch.device(device)
-    record = dict(
-        command=" ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-        commit=commit,
-        seed=seed,
-        n=n,
-        wall_seconds=round(time.time() - started, 1),
-        versions=dict(
-            python=platform.python_version(), torch=torch.__version__, numpy=np.__version__
-        ),
-        device=torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu ({torch.get_num_threads()} threads)",
-        **numbers,
-    )
-    path = Path(out) / "metrics.json"
-    path.with_suffix(".tmp").write_text(json.dumps(record, indent=2, default=float) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
-    return record
-
-
-def cli(main):
-    """Run a script's main(): bad input (ValueError, OSError, flags) ends in one line on stderr and exit code 2.
-
-    TRACEBACK=1 in the environment shows where it came from.
-    """
-
-    def refuse(parser, message):  # argparse would print its usage, of up to 20 lines, first
-        message = re.sub(r"^argument (\S+): (?=\S+: )", r"\1 ", message)  # --p 1.5: must lie in ..
-        parser.exit(2, f"{parser.prog}: {message}; see --help\n")
-
-    argparse.ArgumentParser.error = refuse
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        if os.environ.get("TRACEBACK"):
-            raise
-        lines = str(e).splitlines() or [type(e).__name__]
-        print(f"{os.path.basename(sys.argv[0])}: {lines[0]}", file=sys.stderr)
-        sys.exit(2)

@@ -41,7 +41,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import metrics
+import runtime
 import sample
 from classifier import load_classifier
 from data import NAMES, image_noise, load_images
@@ -51,7 +51,7 @@ from sample import ddim_step, ddpm_step, ddpm_variance, heun_sample
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-COLOURS = metrics.COLOURS[1:]  # without black, which is the intervals'
+COLOURS = runtime.COLOURS[1:]  # without black, which is the intervals'
 NORMS = {"linf": (8 / 255, 2 / 255), "l2": (0.5, 0.1)}  # radius, step, in [0, 1] pixels
 EDM = {
     "edm-ode": {},
@@ -138,7 +138,7 @@ def ssim(x, y):
     """Structural similarity (Wang et al., 2004), as GDMP takes it: 11 x 11 window, zero padding, range 1 -> (B,)."""
     g = torch.exp(-((torch.arange(11, device=x.device, dtype=x.dtype) - 5) ** 2) / (2 * 1.5**2))
     window = (torch.outer(g, g) / g.sum() ** 2).expand(x.shape[1], 1, 11, 11)
-    with sample.autocast(x.device, "fp32"):  # differences of squares
+    with runtime.autocast(x.device, "fp32"):  # differences of squares
         mx, my, xx, yy, xy = (
             F.conv2d(a, window, padding=5, groups=x.shape[1]) for a in (x, y, x * x, y * y, x * y)
         )
@@ -592,10 +592,10 @@ def main():
     options = dict(t_star=args.t_star, nfe=args.nfe, clip=not args.no_clip, variance=args.variance)
     for sampler in args.purifier:  # all refused before any is run
         PurifiedClassifier(nn.Identity(), NoiseSchedule(), nn.Identity(), sampler, **options)
-    device, rank, world = sample.setup(args.device)
+    device, rank, world = runtime.setup(args.device)
     if args.n < world:
         raise ValueError(f"--n {args.n}: fewer than the {world} processes")
-    cast = sample.autocast(device, args.amp)
+    cast = runtime.autocast(device, args.amp)
     classifier = load_classifier(args.classifier, device, args.compile)
     names = [sample.folder_name(c) for c in args.ckpt]
     if len(set(names)) < len(names):
@@ -683,7 +683,7 @@ def main():
                 with cast:
                     curves[name] = directions(net, x, y, args.seed, args.figures, args.eot_batch)
             plot_directions(curves, sampler, args, out / "figures.png")
-        metrics.write_metrics(
+        runtime.write_metrics(
             out,
             started,
             seed=args.seed,
@@ -870,4 +870,4 @@ def plot_directions(curves, sampler, args, path):
 
 
 if __name__ == "__main__":
-    metrics.cli(main)
+    runtime.cli(main)

@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-import metrics
+import runtime
 from runtime import fast_bf16
 
 SIZES = {  # n images behind each number, made in `ddpm` or `ddim` steps
@@ -479,9 +479,9 @@ def main():
         return
     lines = table(args)
     (Path(args.out) / "table.md").write_text("\n".join(lines) + "\n")
-    metrics.write_metrics(args.out, started, seed=args.seed, device="cpu", n=len(todo), table=lines)
+    runtime.write_metrics(args.out, started, seed=args.seed, device="cpu", n=len(todo), table=lines)
     print("\n".join(lines))
 
 
 if __name__ == "__main__":
-    metrics.cli(main)
+    runtime.cli(main)

@@ -23,10 +23,12 @@ import numpy as np
 import torch
 
 import metrics
+import runtime
 from compare import pictures, some_of
 from data import FOREIGN, CorruptedImages, load_images, to_float
 from reproduce import CLEAN, NOISY, PAPER, SIZES, add_arguments, cell, check, run_all, shared
-from sample import features_network, setup
+from runtime import setup
+from sample import features_network
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -195,7 +197,7 @@ def plot(records, shares, distance, path):
                 range(len(names)),
                 values,
                 s=45,
-                c=metrics.COLOURS[: len(names)],
+                c=runtime.COLOURS[: len(names)],
                 marker="os^v"[k % 4],
             )
             ax.axhline(clean, color="grey", ls=["--", ":"][k % 2], lw=1)
@@ -258,11 +260,11 @@ def main():
     (out / "table.md").write_text("\n".join(lines) + "\n")
     plot(records, shares, distance, out / "rivals.png")
     plot_samples(images, args, out / "samples.png")
-    metrics.write_metrics(
+    runtime.write_metrics(
         out, started, seed=args.seed, device=setup(args.device)[0], n=len(records), table=lines
     )
     print("\n".join(lines))
 
 
 if __name__ == "__main__":
-    metrics.cli(main)
+    runtime.cli(main)

@@ -1,17 +1,155 @@
-"""What every script needs and none explains: flags with a range, an orderly stop, a log, averaging over processes."""
+"""What every script needs and none explains: device and precision, flags, an orderly stop, logs, checkpoints, records."""
 
 import argparse
 import contextlib
+import datetime
 import json
 import math
 import os
+import pickle
+import platform
+import re
 import resource
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+
+# --------------------------------------------------------------------------------------------------
+# figures: one colour (Okabe and Ito's) and one label for each method, everywhere
+
+COLOURS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+METHOD_STYLE = {
+    "none": ("#000000", "DDPM"),
+    "ran": ("#E69F00", "Robust_ran"),
+    "adv": ("#D55E00", "Robust_adv"),
+    "inv-ran": ("#56B4E9", "invariance, random"),
+    "inv-adv": ("#0072B2", "invariance"),
+    "ambient": ("#009E73", "ambient"),
+    "huber": ("#CC79A7", "Huber"),
+    "drop": ("#0072B2", "drop-noisy"),
+    "addt": ("#56B4E9", "ADDT"),
+}
+
+# --------------------------------------------------------------------------------------------------
+# device, precision, layout
+
+
+def setup(device):
+    """--device auto | cpu | cuda | cuda:N -> (device, rank, world); joins torchrun's process group."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d\d?)?", device):
+        raise ValueError(f"--device {device}: need auto, cpu, cuda or cuda:N")
+    device = torch.device(device)
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if device.index is not None and world > 1:
+        raise ValueError(
+            f"--device {device}: under torchrun each process takes its own GPU; write --device cuda"
+        )
+    if device.type == "cuda":
+        device = pick_gpu(device)
+    if world > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        long = datetime.timedelta(hours=12)  # one may decode a large set while the others wait
+        dist.init_process_group(backend, timeout=long)
+    return device, rank, world
+
+
+def pick_gpu(device):
+    if not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: no CUDA GPU here; use --device cpu")
+    if device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.index >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} GPUs here")
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
+    return device
+
+
+def precision(device, amp):
+    """--amp auto | bf16 | fp16 | fp32 -> dtype of the autocast.
+
+    auto: bf16 where the device computes faster in it; else fp16 on a GPU, fp32 on a CPU.
+    """
+    if amp == "fp16" and device.type == "cpu":
+        raise ValueError("--amp fp16: needs a GPU; use bf16 or fp32")
+    if amp == "auto" and device.type == "cpu":
+        amp = "bf16" if fast_bf16() else "fp32"
+    if amp == "auto":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[amp]
+
+
+def fast_bf16():
+    """Whether this CPU computes in bf16 faster than in float32: AVX-512 BF16 or AMX."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "amx_tile"))
+
+
+def layout(device, amp):
+    """channels_last; contiguous for bf16 on a CPU, where norms make channels_last 1.7 times slower."""
+    device = torch.device(device)
+    slow = device.type == "cpu" and precision(device, amp) == torch.bfloat16
+    return torch.contiguous_format if slow else torch.channels_last
+
+
+def autocast(device, amp):
+    dtype = precision(device, amp)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def average(grads, world):
+    """Gradients averaged over the processes. Not DDP: it expects one forward per backward."""
+    flat = torch.cat([g.flatten() for g in grads])
+    if flat.is_cuda:  # NCCL divides on the way; gloo cannot
+        dist.all_reduce(flat, op=dist.ReduceOp.AVG)
+    else:
+        dist.all_reduce(flat)
+        flat /= world
+    parts = flat.split([g.numel() for g in grads])
+    torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
+
+
+def memory(device):
+    """Peak memory in GB: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+# --------------------------------------------------------------------------------------------------
+# the command line
+
+
+def cli(main):
+    """Run main(): bad input (ValueError, OSError, flags) ends in one line on stderr, exit code 2.
+
+    TRACEBACK=1 in the environment shows where it came from.
+    """
+    argparse.ArgumentParser.error = refuse
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        if os.environ.get("TRACEBACK"):
+            raise
+        lines = str(e).splitlines() or [type(e).__name__]
+        print(f"{os.path.basename(sys.argv[0])}: {lines[0]}", file=sys.stderr)
+        sys.exit(2)
+
+
+def refuse(parser, message):
+    """argparse's error in one line; it would print its usage, of up to 20 lines, first."""
+    message = re.sub(r"^argument (\S+): (?=\S+: )", r"\1 ", message)  # --p 1.5: must lie in ..
+    parser.exit(2, f"{parser.prog}: {message}; see --help\n")
 
 
 def between(low, high=math.inf, kind=float, above=False, below=False):
@@ -58,6 +196,10 @@ class Interrupt:
         flag = torch.tensor(float(self.signal > 0))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
+
+
+# --------------------------------------------------------------------------------------------------
+# the log of a training
 
 
 class Log:
@@ -126,26 +268,80 @@ def read_log(path):
     return lines
 
 
-def memory(device):
-    """Peak memory in GB: of the GPU, or of this process on a CPU."""
+# --------------------------------------------------------------------------------------------------
+# files
+
+
+def save_checkpoint(path, ckpt):
+    """Write tensors and plain values; `path` is at every moment the old or the new file."""
+    tmp = f"{path}.tmp"
+    try:
+        with open(tmp, "wb") as f:
+            torch.save(ckpt, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
+        if os.path.exists(tmp):
+            os.remove(tmp)
+        reason = str(e).splitlines()[0]
+        raise OSError(
+            f"{path}: could not save the checkpoint ({reason}); the previous one is intact"
+        ) from None
+
+
+def load_checkpoint(path):
+    """The dict in a checkpoint, on the CPU. Raises ValueError for what is missing, truncated or
+    would execute code."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such checkpoint file")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path}: refused, not a file of tensors and plain values (it may execute code)"
+        ) from None
+    except (RuntimeError, EOFError, OSError, KeyError) as e:
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{path}: truncated or not a checkpoint ({reason})") from None
+    if not isinstance(ckpt, dict):
+        raise ValueError(f"{path}: not a checkpoint (holds a {type(ckpt).__name__}, not a dict)")
+    return ckpt
+
+
+def write_metrics(out, started, *, seed, device, n, **numbers):
+    """OUT/metrics.json: command, commit, seed, versions, device, n, wall time and the numbers.
+
+    started: time.time() at the start.
+    """
+    device = torch.device(device)
+    name = f"cpu ({torch.get_num_threads()} threads)"
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        name = torch.cuda.get_device_name(device)
+    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+    record = dict(
+        command=" ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        commit=commit(),
+        seed=seed,
+        n=n,
+        wall_seconds=round(time.time() - started, 1),
+        versions=versions,
+        device=name,
+        **numbers,
+    )
+    path = Path(out) / "metrics.json"
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text(json.dumps(record, indent=2, default=float) + "\n")
+    os.replace(tmp, path)
+    return record
 
 
-def average(grads, world):
-    """Gradients averaged over the processes. Not DDP: it expects one forward per backward."""
-    flat = torch.cat([g.flatten() for g in grads])
-    if flat.is_cuda:  # NCCL divides on the way; gloo cannot
-        dist.all_reduce(flat, op=dist.ReduceOp.AVG)
-    else:
-        dist.all_reduce(flat)
-        flat /= world
-    parts = flat.split([g.numel() for g in grads])
-    torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
-
-
-def fast_bf16():
-    """Whether this CPU computes in bf16 faster than in float32: AVX-512 BF16 or AMX."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "amx_tile"))
+def commit():
+    """Of this repository, as git describes it."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # no git on this machine
+        return "unknown"
+    return git.stdout.strip() or "unknown"

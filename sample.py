@@ -9,10 +9,8 @@ function of --seed and i alone, whatever the batch size and the number of proces
 """
 
 import argparse
-import datetime
 import functools
 import os
-import re
 import time
 from pathlib import Path
 
@@ -24,9 +22,12 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import metrics
+import runtime
+from classifier import load_features
 from data import image_noise, load_images, to_float
 from losses import NoiseSchedule, like, posterior_mean, predict_x0
-from unet import UNet, load_checkpoint
+from runtime import autocast, layout, load_checkpoint, precision, setup
+from unet import UNet
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one step of each sampler; abar and abar_prev are (B,) float64, abar < abar_prev <= 1. Samplers: x_T (B, ..) ~ N(0, I) -> x_0
@@ -225,65 +226,6 @@ def heun_sample(
 # running on one or many devices
 
 
-def setup(device):
-    """--device auto | cpu | cuda | cuda:N -> (device, rank, world); under torchrun, joins the process group."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d\d?)?", device):
-        raise ValueError(f"--device {device}: need auto, cpu, cuda or cuda:N")
-    device = torch.device(device)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device.index is not None and world > 1:
-        raise ValueError(
-            f"--device {device}: under torchrun each process takes its own GPU; write --device cuda"
-        )
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"--device {device}: no CUDA GPU here; use --device cpu")
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} GPUs here")
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
-    if (
-        world > 1 and not dist.is_initialized()
-    ):  # one process may decode a large set while the others wait
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            timeout=datetime.timedelta(hours=12),
-        )
-    return device, rank, world
-
-
-def precision(device, amp):
-    """--amp auto (bf16 on a GPU that has it, else fp16; fp32 on a CPU) | bf16 | fp16 | fp32 -> dtype of the autocast."""
-    if amp == "fp16" and device.type == "cpu":
-        raise ValueError("--amp fp16: needs a GPU; use bf16 or fp32")
-    if amp == "auto":
-        amp = (
-            "fp32"
-            if device.type == "cpu"
-            else "bf16"
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else "fp16"
-        )
-    return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[amp]
-
-
-def layout(device, amp):
-    """channels_last; but contiguous for bf16 on a CPU, where PyTorch's norms make channels_last 1.7 times slower."""
-    device = torch.device(device)
-    slow = device.type == "cpu" and precision(device, amp) == torch.bfloat16
-    return torch.contiguous_format if slow else torch.channels_last
-
-
-def autocast(device, amp):
-    dtype = precision(device, amp)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
 def generate(model, schedule, index, shape, seed, device, sampler="ddpm", **options):
     """Images number index (B,) of the sample `seed` -> x_0 (B, *shape); image i depends on (seed, i) alone."""
     index = torch.as_tensor(index, device=device)
@@ -332,8 +274,6 @@ def features_network(features, inception_weights):
             "FID",
             f"inception-{metrics.file_key(inception_weights) if inception_weights else 'download'}",
         )
-    from classifier import load_features
-
     return (
         load_features(features),
         f"Fréchet distance in {Path(features).name} features",
@@ -526,7 +466,7 @@ def sample_and_score(runs, args):
             data = reference_name(args, trained) if args.fid else None
             numbers = metrics.image_statistics(x)
             numbers |= evaluate(images, args, scorer, data, device) if data else {}
-            metrics.write_metrics(
+            runtime.write_metrics(
                 out,
                 started,
                 seed=args.seed,
@@ -577,4 +517,4 @@ def main():
 
 
 if __name__ == "__main__":
-    metrics.cli(main)
+    runtime.cli(main)

@@ -32,8 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 from losses import NoiseSchedule, ddpm_loss, perturbation_radius, robust_loss
-from metrics import cli, write_metrics
-from runtime import between
+from runtime import between, cli, write_metrics
 from sample import ddim_sample, ddpm_sample
 
 matplotlib.use("Agg")

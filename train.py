@@ -29,12 +29,26 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import metrics
+import runtime
 from classifier import load_classifier
 from data import CORRUPTIONS, NAMES, CorruptedImages, Order, load_images, seed_at
 from losses import NoiseSchedule, addt_loss, ambient_loss, ddpm_loss, huber_loss, robust_loss
-from runtime import Interrupt, Log, average, between, given_flags, read_log
-from sample import autocast, generate, layout, precision, save_grid, setup
-from unet import PRESETS, UNet, load_checkpoint, save_checkpoint
+from runtime import (
+    Interrupt,
+    Log,
+    autocast,
+    average,
+    between,
+    given_flags,
+    layout,
+    load_checkpoint,
+    precision,
+    read_log,
+    save_checkpoint,
+    setup,
+)
+from sample import generate, save_grid
+from unet import PRESETS, UNet
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -793,7 +807,7 @@ def finish(args, out, step, sigma_y, data, device, world, started):
         plot(lines, out / "loss.png", args)
         judged = {} if sigma_y is None else dict(judged_noisy=int((sigma_y > 0).sum()))
         settings = {name: value for name, value in vars(args).items() if name != "given"}
-        metrics.write_metrics(
+        runtime.write_metrics(
             out,
             started,
             seed=args.seed,
@@ -836,4 +850,4 @@ def plot(lines, path, args):
 
 
 if __name__ == "__main__":
-    metrics.cli(main)
+    runtime.cli(main)

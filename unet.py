@@ -11,12 +11,13 @@ embedding is [sin, cos] with frequencies 1e4^(-i / (d/2 - 1)), attention has one
 import json
 import math
 import os
-import pickle
 import re
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from runtime import load_checkpoint
 
 PRESETS = {
     # DDPM on CIFAR-10, attention at 16x16: 35.7 M parameters.
@@ -279,11 +280,9 @@ class UNet(nn.Module):
     @classmethod
     def load(cls, checkpoint, ema=True):
         """The network of a train.py checkpoint (path or loaded dict), in eval mode; ema=False for the raw weights."""
-        ckpt = (
-            load_checkpoint(checkpoint)
-            if isinstance(checkpoint, (str, os.PathLike))
-            else checkpoint
-        )
+        ckpt = checkpoint
+        if isinstance(checkpoint, (str, os.PathLike)):
+            ckpt = load_checkpoint(checkpoint)
         name = checkpoint if ckpt is not checkpoint else "checkpoint"
         if ckpt.get("kind") != "unet":
             raise ValueError(f"{name}: holds no UNet (train.py's checkpoints do)")
@@ -403,38 +402,3 @@ def _read_diffusers(folder):
                     f"{path}: truncated or not a safetensors file ({str(e).splitlines()[0]})"
                 ) from None
     raise ValueError(f"{folder}: no diffusion_pytorch_model.safetensors or .bin")
-
-
-def save_checkpoint(path, ckpt):
-    """Write tensors and plain values so that `path` is at every moment the old or the new file, never half of one."""
-    tmp = f"{path}.tmp"
-    try:
-        with open(tmp, "wb") as f:
-            torch.save(ckpt, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
-        if os.path.exists(tmp):
-            os.remove(tmp)
-        raise OSError(
-            f"{path}: could not save the checkpoint ({str(e).splitlines()[0]}); the previous one is intact"
-        ) from None
-
-
-def load_checkpoint(path):
-    """The dict in a checkpoint, on the CPU. Raises ValueError for what is missing, truncated or would execute code."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such checkpoint file")
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path}: refused, not a file of tensors and plain values (it may execute code)"
-        ) from None
-    except (RuntimeError, EOFError, OSError, KeyError) as e:
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise ValueError(f"{path}: truncated or not a checkpoint ({reason})") from None
-    if not isinstance(ckpt, dict):
-        raise ValueError(f"{path}: not a checkpoint (holds a {type(ckpt).__name__}, not a dict)")
-    return ckpt

@@ -2,14 +2,14 @@
 
 import sys
 
-import metrics
+import runtime
 
 
 def call(script, *args):
     """script.main() with these arguments -> exit code."""
     old, sys.argv = sys.argv, [f"{script.__name__}.py", *map(str, args)]
     try:
-        metrics.cli(script.main)
+        runtime.cli(script.main)
     except SystemExit as e:
         return e.code
     finally:

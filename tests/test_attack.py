@@ -15,7 +15,8 @@ import attack
 import sample
 from data import CORRUPTION_STREAM, image_noise
 from losses import NoiseSchedule
-from unet import PRESETS, UNet, save_checkpoint
+from runtime import save_checkpoint
+from unet import PRESETS, UNet
 
 SCHEDULE = NoiseSchedule()
 ABAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))

@@ -8,6 +8,7 @@ import torch
 
 import butterflies_pca
 import metrics
+import runtime
 from butterflies_pca import fit_subspace, project, subspace_error
 
 
@@ -74,7 +75,7 @@ def test_rows_are_images_in_the_order_the_network_sees():
 
 def run(monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["butterflies_pca.py", *map(str, args)])
-    metrics.cli(butterflies_pca.main)
+    runtime.cli(butterflies_pca.main)
 
 
 def test_a_small_run_leaves_its_files(monkeypatch, tmp_path):

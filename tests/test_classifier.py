@@ -9,14 +9,16 @@ import torch
 
 import classifier
 import metrics
+import runtime
 import sample
-from unet import PRESETS, UNet, save_checkpoint
+from runtime import save_checkpoint
+from unet import PRESETS, UNet
 
 
 def run(script, *args):
     old, sys.argv = sys.argv, [f"{script.__name__}.py", *map(str, args)]
     try:
-        metrics.cli(script.main)
+        runtime.cli(script.main)
     finally:
         sys.argv = old
 

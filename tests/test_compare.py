@@ -16,7 +16,8 @@ from cli import call
 
 import compare
 import sample
-from unet import PRESETS, UNet, save_checkpoint
+from runtime import save_checkpoint
+from unet import PRESETS, UNet
 
 FLAGS = "--n 6 --device cpu --no-png".split()
 

@@ -15,7 +15,8 @@ import purify
 import sample
 from classifier import WideResNet, load_classifier
 from losses import NoiseSchedule
-from unet import UNet, save_checkpoint
+from runtime import save_checkpoint
+from unet import UNet
 
 DDPM = dict(steps=2, spacing="respaced", variance="fixed-large", clip=True)
 

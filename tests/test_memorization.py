@@ -14,9 +14,11 @@ from torchvision.transforms.v2 import functional as vision
 import classifier
 import memorization
 import metrics
+import runtime
 from data import CorruptedImages
 from memorization import NULL, counts, nearest
-from unet import PRESETS, UNet, save_checkpoint
+from runtime import save_checkpoint
+from unet import PRESETS, UNet
 
 HUB = """import torch
 dependencies = ["torch"]
@@ -103,7 +105,7 @@ def run(root, tmp_path, monkeypatch):
                 *args.split(),
             ],
         )
-        metrics.cli(memorization.main)
+        runtime.cli(memorization.main)
         found = dict(np.load(tmp_path / "nearest.npz")) if "--bench" not in args else None
         return json.loads((tmp_path / "metrics.json").read_text()), found
 

@@ -15,8 +15,9 @@ from classifier import WideResNet
 from data import image_noise
 from losses import NoiseSchedule
 from purify import PurifiedClassifier, image_draws, purification_timesteps
+from runtime import save_checkpoint
 from sample import ddpm_sample, heun_sample
-from unet import UNet, save_checkpoint
+from unet import UNet
 
 SCHEDULE = NoiseSchedule()
 INDEX = torch.arange(3)

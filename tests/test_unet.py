@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unet import PRESETS, Attention, Dropout, UNet, load_checkpoint, save_checkpoint
+from runtime import load_checkpoint, save_checkpoint
+from unet import PRESETS, Attention, Dropout, UNet
 
 CONFIG = dict(
     sample_size=32,
