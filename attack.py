@@ -47,7 +47,7 @@ import runtime
 import sample
 from data import image_noise, load_images, to_float
 from losses import NoiseSchedule, _frozen, like
-from sample import ddim_step, ddim_timesteps, ddpm_step, ddpm_timesteps
+from samplers import ddim_step, ddim_timesteps, ddpm_step, ddpm_timesteps
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -41,7 +41,8 @@ import train
 from data import CorruptedImages, Order, load_images
 from losses import NoiseSchedule
 from runtime import autocast, layout, memory, precision, setup
-from sample import generate, heun_timesteps
+from sample import generate
+from samplers import heun_timesteps
 from train import OBJECTIVES, RECIPES
 from unet import PRESETS, UNet
 

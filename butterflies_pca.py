@@ -31,7 +31,8 @@ import runtime
 from data import load_images, seed_at
 from losses import NoiseSchedule, ddpm_loss, robust_loss
 from runtime import between, setup
-from sample import ddim_timesteps, generate
+from sample import generate
+from samplers import ddim_timesteps
 from unet import UNet
 
 matplotlib.use("Agg")

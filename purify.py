@@ -43,10 +43,11 @@ from tqdm import tqdm
 
 import runtime
 import sample
+import samplers
 from classifier import load_classifier
 from data import NAMES, image_noise, load_images
 from losses import NoiseSchedule, like, scaled_gradient
-from sample import ddim_step, ddpm_step, ddpm_variance, heun_sample
+from samplers import ddim_step, ddpm_step, ddpm_variance, heun_follow
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -256,7 +257,7 @@ class PurifiedClassifier(nn.Module):
             x0, torch.full((len(x0),), self.t_star, device=x0.device), noise(0, x0)
         )
         if sampler in EDM:  # without the no_grad of sampling
-            return heun_sample.__wrapped__(
+            return heun_follow(
                 self._eps,
                 schedule,
                 x_t,
@@ -297,7 +298,7 @@ class PurifiedClassifier(nn.Module):
             )  # GDMP: the step's variance times its s_t
             return after + like(pull, x) * guidance(x, diffused, sampler[5:])
 
-        return sample._run(
+        return samplers.follow(
             self._eps, schedule, x_t, self.pairs, step, lambda i: noise(1 + 2 * i, x0), on_step
         )
 

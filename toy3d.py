@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from losses import NoiseSchedule, ddpm_loss, perturbation_radius, robust_loss
 from runtime import between, cli, write_metrics
-from sample import ddim_sample, ddpm_sample
+from samplers import ddim_sample, ddpm_sample
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

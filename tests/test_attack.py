@@ -13,6 +13,7 @@ import torch
 
 import attack
 import sample
+import samplers
 from data import CORRUPTION_STREAM, image_noise
 from losses import NoiseSchedule
 from runtime import save_checkpoint
@@ -238,7 +239,7 @@ def test_calls_and_memory(iters):
                 live.append(sum(type(o) is torch.Tensor for o in gc.get_objects()))
             return x
 
-        sample.ddpm_sample(model, SCHEDULE, draw(3, *SHAPE), steps, on_step=watch)
+        samplers.ddpm_sample(model, SCHEDULE, draw(3, *SHAPE), steps, on_step=watch)
         assert len(graphs) == iters * len(attacked)
     assert live[0] == live[1]
 

@@ -27,6 +27,7 @@ import memorization
 import metrics
 import purify
 import sample
+import samplers
 import train
 from classifier import Features, WideResNet
 from data import CORRUPTION_STREAM, CorruptedImages, image_noise, philox
@@ -43,7 +44,7 @@ except (ImportError, AttributeError) as e:
     )
 
 SHAPE = dict(channels=(32, 32), attention=(False, True), blocks=1, dropout=0.1)
-HEUN = sample.heun_timesteps(NoiseSchedule(), 3)
+HEUN = samplers.heun_timesteps(NoiseSchedule(), 3)
 B, S = 4, 8
 needs_codegen = pytest.mark.cuda_codegen
 pytestmark = pytest.mark.skipif(
@@ -159,7 +160,7 @@ def test_devices_of_a_sampler(gpu, sampler, monkeypatch):
 
 def test_a_cpu_tensor_in_a_sampler_is_seen(gpu, monkeypatch):
     """Planted: the coefficients of a step stay on the CPU."""
-    right = sample.ddpm_variance
+    right = samplers.ddpm_variance
     monkeypatch.setattr(sample, "ddpm_variance", lambda *args: right(*args) * torch.ones(B))
     with pytest.raises(RuntimeError, match="device"):
         drawn("ddpm")
@@ -200,7 +201,7 @@ def test_devices_of_a_purifier_under_attack(gpu, sampler, monkeypatch):
     monkeypatch.setattr(
         purify, "noise_on", lambda kind: data.image_noise
     )  # compiled on a GPU: see test_kernels_of_the_noise
-    monkeypatch.setattr(purify, "heun_sample", sample.heun_sample)
+    monkeypatch.setattr(purify, "heun_sample", samplers.heun_sample)
     monkeypatch.setattr(sample, "heun_timesteps", lambda *args: HEUN)
     net = purify.PurifiedClassifier(
         network(), NoiseSchedule().to(CUDA), classifier(), sampler, t_star=2, nfe=2, rounds=1
@@ -408,7 +409,7 @@ def step_code():
     abars = [torch.ones(B, dtype=torch.float64, device=CUDA) for _ in range(2)]
     return [
         code
-        for step in (sample.ddpm_step, sample.ddim_step)
+        for step in (samplers.ddpm_step, samplers.ddim_step)
         for code in kernels.inductor_code(lambda *args, step=step: step(*args), [x, eps, z, *abars])
     ]
 
@@ -457,7 +458,7 @@ def test_network_and_sampler_steps_are_one_graph():
     abar = torch.full((2,), 0.5, dtype=torch.float64), torch.full((2,), 0.6, dtype=torch.float64)
     with torch.no_grad():
         torch.compile(net, backend="eager", fullgraph=True)(x, torch.zeros(2, dtype=torch.int64))
-        for step in (sample.ddpm_step, sample.ddim_step):
+        for step in (samplers.ddpm_step, samplers.ddim_step):
             torch.compile(step, backend="eager", fullgraph=True)(x, x, x, *abar)
 
 

@@ -23,7 +23,7 @@ from losses import (
     robust_loss,
     scaled_gradient,
 )
-from sample import ddim_sample, ddpm_step
+from samplers import ddim_sample, ddpm_step
 
 SCHEDULE = NoiseSchedule()
 BETAS = np.linspace(1e-4, 0.02, 1000)

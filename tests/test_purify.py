@@ -16,7 +16,7 @@ from data import image_noise
 from losses import NoiseSchedule
 from purify import PurifiedClassifier, image_draws, purification_timesteps
 from runtime import save_checkpoint
-from sample import ddpm_sample, heun_sample
+from samplers import ddpm_sample, heun_sample
 from unet import UNet
 
 SCHEDULE = NoiseSchedule()

@@ -12,8 +12,9 @@ import torch
 
 from data import image_noise
 from losses import NoiseSchedule
-from sample import (
+from samplers import (
     ddim_sample,
+    ddim_step,
     ddim_timesteps,
     ddpm_sample,
     ddpm_timesteps,
@@ -456,30 +457,51 @@ def test_ddim_eta_1_is_ddpm_fixed_small():
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5])
-@pytest.mark.parametrize("clip", [True, False])
-def test_ddim_against_diffusers(eta, clip):
+@pytest.mark.parametrize("clip, rederive", [(True, False), (True, True), (False, False)])
+def test_ddim_against_diffusers(eta, clip, rederive):
     diffusers = pytest.importorskip("diffusers")
     ref = diffusers.DDIMScheduler(
         1000, clip_sample=clip, set_alpha_to_one=True, timestep_spacing="leading"
     )
-    ref.alphas_cumprod, ref.final_alpha_cumprod = (
-        torch.from_numpy(ABAR),
-        torch.ones((), dtype=torch.float64),
-    )
+    ref.alphas_cumprod = torch.from_numpy(ABAR)
+    ref.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
     ref.set_timesteps(100)
-    x_T, noise, ours, theirs = draw(2, 3, 4, 4), seeded_noise((2, 3, 4, 4)), [], []
+    x_T = draw(2, 3, 4, 4)
+    noise = seeded_noise(x_T.shape)
+    theirs = []
     x = x_T
     for i, t in enumerate(ref.timesteps):
         theirs.append(x)
-        x = ref.step(
-            toy_eps(x, t.view(1)), t, x, eta=eta, variance_noise=noise(i) if eta > 0 else None
-        ).prev_sample
+        z = noise(i) if eta > 0 else None
+        step = ref.step(
+            toy_eps(x, t.view(1)), t, x, eta, use_clipped_model_output=rederive, variance_noise=z
+        )
+        x = step.prev_sample
+    ours = []
     final = ddim_sample(
-        toy_eps, SCHEDULE, x_T, 100, eta, clip, noise=seeded_noise(x_T.shape), on_step=record(ours)
+        toy_eps, SCHEDULE, x_T, 100, eta, clip, rederive, seeded_noise(x_T.shape), record(ours)
     )
     assert [t for _, t, _ in ours] == ref.timesteps.tolist()
     for (_, _, a), b in zip(ours + [(0, 0, final)], theirs + [x]):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_clipping_in_ddim_keeps_the_brightness_only_where_eps_is_rederived():
+    """A network whose gain to a shift of the whole image is .7, at large t, where x^_0 is clipped.
+
+    There sqrt(abar) x^_0 is negligible, so that the shift is multiplied by the gain at every step
+    unless eps is taken from x_t and the clipped x^_0.
+    """
+    x_t = draw(4, 3, 8, 8) + 1
+    abar = torch.full((4,), ABAR[950], dtype=torch.float64)
+    abar_prev = torch.full((4,), ABAR[930], dtype=torch.float64)
+    eps = x_t - 0.3 * x_t.mean()
+    kept = {}
+    for rederive in (False, True):
+        x = ddim_step(x_t, eps, 0.0, abar, abar_prev, rederive=rederive)
+        kept[rederive] = (x.mean() / x_t.mean()).item()
+    assert kept[False] == pytest.approx(0.7, abs=0.02)
+    assert kept[True] == pytest.approx(1.0, abs=0.02)
 
 
 # EDM -----------------------------------------------------------------------------------------------------------------
