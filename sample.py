@@ -338,7 +338,10 @@ def main():
             "--spacing use compare.py"
         )
     if args.export:
-        UNet.load(args.ckpt, ema=not args.raw).to_diffusers(args.export)
+        ckpt = load_checkpoint(args.ckpt)
+        net = UNet.load(ckpt, ema=not args.raw)
+        net.to_diffusers(args.export, args.image_size or ckpt["image_size"])
+        print(f"{args.ckpt} -> {args.export}, for diffusers' DDPMPipeline.from_pretrained")
         return
     sample_and_score({args.out: (args.ckpt, args.steps, args.spacing)}, args)
 

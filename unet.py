@@ -8,15 +8,14 @@ Details that matter for loading those weights: GroupNorm eps 1e-6, down-sampling
 embedding is [sin, cos] with frequencies 1e4^(-i / (d/2 - 1)), attention has one head.
 """
 
-import json
 import math
 import os
-import re
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import weights
 from runtime import load_checkpoint
 
 PRESETS = {
@@ -298,107 +297,23 @@ class UNet(nn.Module):
 
     @classmethod
     def from_diffusers(cls, source, dropout=0.1):
-        """From a folder with a UNet2DModel (config.json beside .safetensors or .bin) or from its state dict.
+        """From a folder with a UNet2DModel (config.json beside .safetensors or .bin), or its state dict.
 
         Raises ValueError for a model outside the family of google/ddpm-cifar10-32.
         """
-        state = source if isinstance(source, dict) else _read_diffusers(source)
-        state = {_rename(k): v for k, v in state.items()}
-        for prefix in [
-            k[: -len("q.weight")] for k in state if k.endswith(".attn_q.weight")
-        ]:  # fuse q, k, v
-            for part in ("weight", "bias"):
-                qkv = [state.pop(f"{prefix}{n}.{part}") for n in "qkv"]
-                # the oldest files store these as 1x1 convolutions
-                state[f"{prefix[:-5]}qkv.{part}"] = torch.cat(
-                    [w.flatten(1) if part == "weight" else w for w in qkv]
-                )
+        state = source if isinstance(source, dict) else weights.read_diffusers(source)
         try:
-            levels = 1 + max(int(m[1]) for k in state if (m := re.match(r"down\.(\d+)\.res", k)))
-            blocks = 1 + max(int(m[1]) for k in state if (m := re.match(r"down\.0\.res\.(\d+)", k)))
-            net = cls(
-                channels=[state[f"down.{i}.res.0.conv2.bias"].shape[0] for i in range(levels)],
-                attention=[f"down.{i}.attn.0.qkv.weight" in state for i in range(levels)],
-                blocks=blocks,
-                dropout=dropout,
-                in_channels=state["conv_in.weight"].shape[1],
-            )
+            config, state = weights.from_diffusers(state)
+            net = cls(**config, dropout=dropout)
             net.load_state_dict(state)
         except (ValueError, KeyError, RuntimeError) as e:
-            raise ValueError(
-                f"not a UNet2DModel of the ddpm-cifar10-32 family: {str(e).splitlines()[0]}"
-            ) from None
+            reason = str(e).splitlines()[0]
+            raise ValueError(f"not a UNet2DModel of the ddpm-cifar10-32 family: {reason}") from None
         return net.eval()
 
+    def to_diffusers(self, folder, image_size=32):
+        """Write a folder that diffusers' DDPMPipeline.from_pretrained opens; the inverse of from_diffusers.
 
-_NAMES = [
-    (r"down_blocks\.(\d+)", r"down.\1"),
-    (r"up_blocks\.(\d+)", r"up.\1"),
-    ("mid_block", "mid"),
-    ("resnets", "res"),
-    ("attentions", "attn"),
-    (r"(down|up)samplers\.0\.conv", "resample"),
-    ("conv_shortcut", "skip"),
-    ("time_emb_proj", "emb"),
-    (r"time_embedding\.linear_1", "time.0"),
-    (r"time_embedding\.linear_2", "time.2"),
-    ("conv_norm_out", "norm_out"),
-    ("group_norm", "norm"),
-    (r"to_out\.0|proj_attn", "out"),
-    (r"to_q|query", "attn_q"),
-    (r"to_k|key", "attn_k"),
-    (r"to_v|value", "attn_v"),
-]
-
-
-def _rename(key):
-    for old, new in _NAMES:
-        key = re.sub(old, new, key)
-    return key
-
-
-def _read_diffusers(folder):
-    folder = os.path.join(folder, "unet") if os.path.isdir(os.path.join(folder, "unet")) else folder
-    path = os.path.join(folder, "config.json")
-    if not os.path.isfile(path):
-        raise ValueError(f"{folder}: no config.json, so not a diffusers model folder")
-    with open(path) as f:
-        cfg = json.load(f)
-    # key: (what this network computes, diffusers' default where the file leaves the key out)
-    need = dict(
-        norm_eps=(1e-6, 1e-5),
-        downsample_padding=(0, 1),
-        flip_sin_to_cos=(False, True),
-        freq_shift=(1, 0),
-        attention_head_dim=(None, 8),
-        norm_num_groups=(32, 32),
-        mid_block_scale_factor=(1, 1),
-        act_fn=("silu", "silu"),
-        center_input_sample=(False, False),
-        resnet_time_scale_shift=("default", "default"),
-        time_embedding_type=("positional", "positional"),
-    )
-    # silently different arithmetic is worse than a refusal
-    wrong = [
-        f"{k}={cfg.get(k, default)!r} (need {v!r})"
-        for k, (v, default) in need.items()
-        if cfg.get(k, default) != v
-    ]
-    if wrong:
-        raise ValueError(f"{folder}: not of the ddpm-cifar10-32 family: {', '.join(wrong)}")
-    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            if name.endswith("bin"):
-                return load_checkpoint(path)
-            try:
-                from safetensors.torch import load_file
-            except ImportError:
-                raise ValueError(f"{path}: reading it takes `pip install safetensors`") from None
-            try:
-                return load_file(path)
-            except Exception as e:  # safetensors' own error derives from Exception alone
-                raise ValueError(
-                    f"{path}: truncated or not a safetensors file ({str(e).splitlines()[0]})"
-                ) from None
-    raise ValueError(f"{folder}: no diffusion_pytorch_model.safetensors or .bin")
+        Raises ValueError for patch > 1, which UNet2DModel cannot express.
+        """
+        weights.write_diffusers(self.state_dict(), self.config, folder, image_size)

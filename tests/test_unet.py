@@ -8,7 +8,10 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from cli import call
 
+import sample
+from losses import NoiseSchedule
 from runtime import load_checkpoint, save_checkpoint
 from unet import PRESETS, Attention, Dropout, UNet
 
@@ -91,6 +94,39 @@ def test_from_diffusers_folder(safe, tmp_path):
     ref.save_pretrained(tmp_path / "unet", safe_serialization=safe)
     assert agree(UNet.from_diffusers(tmp_path / "unet"), ref, size=16)
     assert agree(UNet.from_diffusers(str(tmp_path)), ref, size=16)
+
+
+@pytest.mark.parametrize("attention", [(False, True, False), (True, False, True)])
+def test_to_diffusers_folder(attention, tmp_path):
+    """The pipeline opens it and samples; its network is ours, and reading it back gives our weights."""
+    diffusers = pytest.importorskip("diffusers")
+    net = random_net(channels=(32, 32, 64), attention=attention, blocks=2)
+    net.to_diffusers(tmp_path, image_size=16)
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+    assert agree(net, pipeline.unet.eval(), size=16)
+    images = pipeline(batch_size=2, num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, 16, 16, 3)
+    betas = pipeline.scheduler.betas.double()
+    torch.testing.assert_close(betas, NoiseSchedule().betas, rtol=1e-5, atol=1e-8)
+    again = UNet.from_diffusers(tmp_path)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_sample_export(tmp_path):
+    net = random_net(channels=(32, 32), attention=(False, True), blocks=1)
+    ckpt = dict(kind="unet", config=net.config, image_size=8, args={}, ema=net.state_dict())
+    save_checkpoint(tmp_path / "ckpt.pt", ckpt)
+    assert not call(sample, "--ckpt", tmp_path / "ckpt.pt", "--export", tmp_path / "out")
+    assert json.loads((tmp_path / "out/unet/config.json").read_text())["sample_size"] == 8
+    x, t = inputs(size=8)
+    assert torch.equal(UNet.from_diffusers(tmp_path / "out")(x, t), net(x, t))
+
+
+def test_no_export_of_a_network_on_patches(tmp_path):
+    with pytest.raises(ValueError, match="2x2 patches") as error:
+        UNet(**PRESETS["mini"]).to_diffusers(tmp_path)
+    assert one_line(error)
 
 
 def test_ddpm_preset_is_that_graph():
