@@ -46,7 +46,7 @@ import metrics
 import runtime
 import sample
 from data import image_noise, load_images, to_float
-from losses import NoiseSchedule, _frozen, like
+from losses import NoiseSchedule, frozen, like
 from samplers import ddim_step, ddim_timesteps, ddpm_step, ddpm_timesteps
 
 matplotlib.use("Agg")
@@ -189,7 +189,7 @@ def attack(
         if kind == "random":
             delta = r * signs
         else:
-            with torch.no_grad(), _frozen(model):
+            with torch.no_grad(), frozen(model):
                 eps_x = (
                     model(x_t, ts).to(x_t.dtype).clone()
                 )  # a CUDA graph writes its next output over this one

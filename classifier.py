@@ -1,11 +1,14 @@
-"""Train the image classifier whose features stand in for Inception's, and which purification will defend.
+"""Train the image classifier whose features stand in for Inception's, and which purification will
+defend.
 
     python classifier.py --data cifar10 --model wrn-28-10 --epochs 100      # one GPU
-    python classifier.py --data folder:cifar10/train --test folder:cifar10/test --model small --epochs 10   # a CPU
+    python classifier.py --data folder:cifar10/train --test folder:cifar10/test --model small
+        --epochs 10   # a CPU
 
-A wide residual network (Zagoruyko & Komodakis, 2016) with the usual recipe: random crop and flip, SGD with Nesterov
-momentum and one cycle of the learning rate, label smoothing. Images in [0, 1] -> logits; the normalisation is inside.
-Leaves --out/classifier.pt, which `sample.py --features` takes, and metrics.json with the test accuracy.
+A wide residual network (Zagoruyko & Komodakis, 2016) with the usual recipe: random crop and flip,
+SGD with Nesterov momentum and one cycle of the learning rate, label smoothing. Images in [0, 1] ->
+logits; the normalisation is inside. Leaves --out/classifier.pt, which `sample.py --features` takes,
+and metrics.json with the test accuracy.
 """
 
 import argparse
@@ -45,16 +48,17 @@ class Block(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """x (B, 3, H, W) float in [0, 1] -> logits (B, classes); `features` gives the pooled activations (B, 64 width)."""
+    """x (B, 3, H, W) float in [0, 1] -> logits (B, classes); `features` gives the pooled
+    activations (B, 64 width).
+    """
 
     def __init__(self, depth, width, classes):
         super().__init__()
         if (depth - 4) % 6:
             raise ValueError(f"WideResNet depth {depth}: must be 6 n + 4")
         self.config = dict(depth=depth, width=width, classes=classes)
-        self.register_buffer(
-            "mean", torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
-        )  # of CIFAR-10
+        # of CIFAR-10
+        self.register_buffer("mean", torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1))
         layers, c = [nn.Conv2d(3, 16, 3, 1, 1, bias=False)], 16
         for c_out, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
@@ -91,7 +95,9 @@ class Features(nn.Module):
 
 
 def load_classifier(path, device="cpu", compiled=False):
-    """The network of a checkpoint of this script, in eval mode, on `device`; compiled: None for "on a GPU"."""
+    """The network of a checkpoint of this script, in eval mode, on `device`; compiled: None for "on
+    a GPU".
+    """
     ckpt = load_checkpoint(path)
     if ckpt.get("kind") != "classifier":
         raise ValueError(f"{path}: holds no classifier (classifier.py's checkpoints do)")

@@ -1,8 +1,9 @@
 """Noise schedule, perturbations and objectives of adversarial training for diffusion models.
 
-Copy this file: it needs torch alone. A model is any callable (x_t, t) -> eps of x_t's shape, t a (B,) integer tensor in
-0..T-1; x is (B, C, H, W) images in [-1, 1] or (B, d) vectors. P1 = "What is Adversarial Training for Diffusion Models?",
-whose equation numbers are used throughout. Its sigma(t) is beta_t here and its alpha_t is alphas_bar.
+Copy this file: it needs torch alone. A model is any callable (x_t, t) -> eps of x_t's shape, t a
+(B,) integer tensor in 0..T-1; x is (B, C, H, W) images in [-1, 1] or (B, d) vectors. P1 = "What is
+Adversarial Training for Diffusion Models?", whose equation numbers are used throughout. Its
+sigma(t) is beta_t here and its alpha_t is alphas_bar.
 
     schedule = NoiseSchedule()
     t = torch.randint(schedule.T, (len(x0),))
@@ -18,7 +19,8 @@ from torch import nn
 
 
 class NoiseSchedule:
-    """beta_t linear over T steps (Eq. 1); all arrays (T,) in float64, gathered to the dtype of the data.
+    """beta_t linear over T steps (Eq. 1); all arrays (T,) in float64, gathered to the dtype of the
+    data.
 
     betas; alphas_bar = prod(1 - beta); alphas_bar_prev = the same one step earlier, 1 at t = 0.
     """
@@ -36,7 +38,9 @@ class NoiseSchedule:
 
     @functools.cached_property
     def sigmas(self):
-        """EDM's noise levels sqrt((1 - abar) / abar), T numbers: samplers choose steps by them without waiting for a GPU."""
+        """EDM's noise levels sqrt((1 - abar) / abar), T numbers: samplers choose steps by them
+        without waiting for a GPU.
+        """
         return ((1 - self.alphas_bar) / self.alphas_bar).sqrt().tolist()
 
     def to(self, device):
@@ -83,39 +87,45 @@ def posterior_mean(x0, x_t, abar, abar_prev):
     return like(a, x_t) * x0 + like(b, x_t) * x_t
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the perturbation delta, in units of eps
 
 
 def perturbation_radius(schedule, t, beta=1.0, omega=2.0, gamma=8 / 255):
-    """r_beta(t) = (sqrt(1 - abar_t)^omega + gamma beta) / sqrt(1 - abar_t)  (Eq. 7) -> (B,) float64, units of eps.
+    """r_beta(t) = (sqrt(1 - abar_t)^omega + gamma beta) / sqrt(1 - abar_t)  (Eq. 7) -> (B,)
+    float64, units of eps.
 
-    beta: a number or (B,), U[0.5, 2] in training; omega >= 1 shrinks the ray where the content forms, gamma is its
-    floor. In pixels the ray is sqrt(1 - abar_t) r_beta(t).
+    beta: a number or (B,), U[0.5, 2] in training; omega >= 1 shrinks the ray where the content
+    forms, gamma is its floor. In pixels the ray is sqrt(1 - abar_t) r_beta(t).
     """
     s = (1 - schedule.at(schedule.alphas_bar, t)).sqrt()
     return (s**omega + gamma * beta) / s
 
 
 def random_delta(x, radius):
-    """delta_ran ~ U(-r, r) per element (Eq. 7), x's shape, from the global generator; standard deviation r / sqrt(3)."""
+    """delta_ran ~ U(-r, r) per element (Eq. 7), x's shape, from the global generator; standard
+    deviation r / sqrt(3).
+    """
     return (2 * torch.rand_like(x) - 1) * like(radius, x)
 
 
 def adversarial_delta(model, schedule, x_t, t, eps, radius, start, objective="eq8", eps_x=None):
-    """delta_adv = clamp(start + r / sqrt(3) sign(grad_delta J), -r, r): one FGSM step that raises J  (Eq. 8).
+    """delta_adv = clamp(start + r / sqrt(3) sign(grad_delta J), -r, r): one FGSM step that raises J
+    (Eq. 8).
 
-    start: delta_ran. It must not be 0, where the gradient of Eq. 8 vanishes. objective, with x' = x_t + sqrt(1-abar) delta:
+    start: delta_ran. It must not be 0, where the gradient of Eq. 8 vanishes. objective, with x' =
+    x_t + sqrt(1-abar) delta:
       "eq8"  J = |eps(x', t) - eps(x_t, t)|^2          (Eq. 8; printed there as an argmin, a slip)
       "ldm"  J = |eps(x', t) - eps|^2                  (the other reading, the formula below Eq. 8)
       "reg"  J = |eps(x', t) - eps(x_t, t) - delta|^2  (ours: the regulariser itself)
-    eps_x: eps(x_t, t) if known, which saves a forward. Returns a constant. No weight gradient is computed.
+    eps_x: eps(x_t, t) if known, which saves a forward. Returns a constant. No weight gradient is
+    computed.
     """
     if objective not in ("eq8", "ldm", "reg"):
         raise ValueError(f"objective={objective!r}: need 'eq8', 'ldm' or 'reg'")
     s = like((1 - schedule.at(schedule.alphas_bar, t)).sqrt(), x_t)
     r = like(radius, x_t)
-    with _frozen(model):
+    with frozen(model):
         if objective == "ldm":
             target = eps
         elif eps_x is None:
@@ -133,11 +143,13 @@ def adversarial_delta(model, schedule, x_t, t, eps, radius, start, objective="eq
 
 
 @contextlib.contextmanager
-def _frozen(model):
-    """Turn weight gradients off: a compiled graph would compute them even when only delta's gradient is asked for."""
-    params = (
-        [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
-    )
+def frozen(model):
+    """Turn weight gradients off: a compiled graph would compute them even when only delta's
+    gradient is asked for.
+    """
+    params = []
+    if isinstance(model, nn.Module):
+        params = [p for p in model.parameters() if p.requires_grad]
     for p in params:
         p.requires_grad_(False)
     try:
@@ -148,22 +160,23 @@ def _frozen(model):
 
 
 def scaled_gradient(objective, output, x):
-    """d objective / dx (B, ..), by way of output (B, ..) in float32 or float64, on which alone objective depends.
+    """d objective / dx (B, ..), by way of output (B, ..) in float32 or float64, on which alone
+    objective depends.
 
-    In float16 the gradients of a sure classifier, or of an error of one grey level, underflow to 0 on their way to x. So
-    each sample's gradient in output is multiplied by the power of two that brings its largest element to [1/2, 1), and the
-    gradient in x divided by it: exact in float32 and float64, where row i of output must depend on row i of x alone.
+    In float16 the gradients of a sure classifier, or of an error of one grey level, underflow to 0
+    on their way to x. So each sample's gradient in output is multiplied by the power of two that
+    brings its largest element to [1/2, 1), and the gradient in x divided by it: exact in float32
+    and float64, where row i of output must depend on row i of x alone.
     """
     (start,) = torch.autograd.grad(objective, output)
-    exponent = torch.frexp(start.abs().flatten(1).amax(1)).exponent.clamp(
-        -100, 100
-    )  # 2^100 is a float32, 0 has exponent 0
+    # 2^100 is a float32, 0 has exponent 0
+    exponent = torch.frexp(start.abs().flatten(1).amax(1)).exponent.clamp(-100, 100)
     scale = torch.ldexp(torch.ones_like(start.flatten(1)[:, 0]), -exponent)
     (grad,) = torch.autograd.grad(output, x, start * like(scale, start))
     return grad / like(scale, grad)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # objectives
 
 
@@ -173,14 +186,17 @@ def ddpm_loss(model, schedule, x0, t, eps):
 
 
 def ambient_loss(model, schedule, y, t, eps, sigma_y):
-    """E |eps - sqrt(a) eps_theta(x_t, t)|^2 on images y that hold noise of known sigma_y, (B,) in y's units -> scalar.
+    """E |eps - sqrt(a) eps_theta(x_t, t)|^2 on images y that hold noise of known sigma_y, (B,) in
+    y's units -> scalar.
 
-    Ambient training (Daras et al., arXiv 2411.02780; Tweedie twice: 2404.10177). With sigma_t^2 = (1 - abar_t) / abar_t an
-    image serves the steps with sigma_t > sigma_y: x_t = sqrt(abar_t) (y + sqrt(sigma_t^2 - sigma_y^2) eps), and
-    a x^_0 + (1 - a) x_t / sqrt(abar_t), a = 1 - sigma_y^2 / sigma_t^2, is compared with y. That residual is a sigma_t
-    (eps / sqrt(a) - eps_theta). Ours is its weight: a target of unit variance at every t and sigma_y, so that no sample
-    outweighs others near sigma_t = sigma_y. For sigma_y = 0 it is Eq. 4. Ours too: t is squeezed onto the image's allowed
-    steps t_min..T-1 in order; low sigma_t thus learns from clean images alone. sigma_y beyond all steps (157) gives NaN.
+    Ambient training (Daras et al., arXiv 2411.02780; Tweedie twice: 2404.10177). With sigma_t^2 =
+    (1 - abar_t) / abar_t an image serves the steps with sigma_t > sigma_y: x_t = sqrt(abar_t) (y +
+    sqrt(sigma_t^2 - sigma_y^2) eps), and a x^_0 + (1 - a) x_t / sqrt(abar_t), a = 1 - sigma_y^2 /
+    sigma_t^2, is compared with y. That residual is a sigma_t (eps / sqrt(a) - eps_theta). Ours is
+    its weight: a target of unit variance at every t and sigma_y, so that no sample outweighs others
+    near sigma_t = sigma_y. For sigma_y = 0 it is Eq. 4. Ours too: t is squeezed onto the image's
+    allowed steps t_min..T-1 in order; low sigma_t thus learns from clean images alone. sigma_y
+    beyond all steps (157) gives NaN.
     """
     s2_y, abar = sigma_y.to(torch.float64).square(), schedule.alphas_bar.to(t.device)
     t_min = torch.searchsorted((1 - abar) / abar, s2_y, right=True).clamp(max=schedule.T - 1)
@@ -192,24 +208,25 @@ def ambient_loss(model, schedule, y, t, eps, sigma_y):
 
 
 def huber_loss(model, schedule, x0, t, eps, c=0.1):
-    """E 2 c_t^2 (sqrt(1 + r^2 / c_t^2) - 1), r = eps_theta - eps per element: scheduled pseudo-Huber -> scalar.
+    """E 2 c_t^2 (sqrt(1 + r^2 / c_t^2) - 1), r = eps_theta - eps per element: scheduled
+    pseudo-Huber -> scalar.
 
-    Khrapov et al., arXiv 2403.16728: c_t = c^(t / T) falls from 1 to c, so that it is robust where the content forms: the
-    authors' exponential schedule (in their pull request kohya-ss/sd-scripts#1228). The factor 2 (r^2 for small r), residuals
-    per element and c = 0.1 are as in the trainers that took it over. c = 1 is constant in t; c_t -> infinity is Eq. 4.
+    Khrapov et al., arXiv 2403.16728: c_t = c^(t / T) falls from 1 to c, so that it is robust where
+    the content forms: the authors' exponential schedule (in their pull request
+    kohya-ss/sd-scripts#1228). The factor 2 (r^2 for small r), residuals per element and c = 0.1 are
+    as in the trainers that took it over. c = 1 is constant in t; c_t -> infinity is Eq. 4.
     """
     c_t = like(c ** (t.double() / schedule.T), x0)
     r = model(schedule.q_sample(x0, t, eps), t).to(x0.dtype) - eps
-    return (
-        2 * r.square() / (1 + (1 + (r / c_t).square()).sqrt())
-    ).mean()  # the same, exact for small r
+    # the same, exact for small r
+    return 2 * r.square() / (1 + (1 + (r / c_t).square()).sqrt()).mean()
 
 
 def regulariser_weight(schedule, t, beta=1.0, lam=0.3, omega=2.0, gamma=8 / 255, ray_units="pixel"):
     """lambda_t -> (B,) float64: lam over the standard deviation of delta_ran.
 
     The paper prints lam sqrt(3) / (beta r(t)) and leaves the units of the ray open:
-      "pixel"  lam sqrt(3) / (sqrt(1 - abar_t) r_beta(t))  (ours, by evidence: see the README)
+      "pixel"  lam sqrt(3) / (sqrt(1 - abar_t) r_beta(t))  (ours, by evidence: see NOTES.md)
       "eps"    lam sqrt(3) / r_beta(t)
     """
     if ray_units not in ("pixel", "eps"):
@@ -221,43 +238,31 @@ def regulariser_weight(schedule, t, beta=1.0, lam=0.3, omega=2.0, gamma=8 / 255,
 
 
 def robust_loss(
-    model,
-    schedule,
-    x0,
-    t,
-    eps,
-    perturb="adv",
-    constraint="equivariance",
-    lam=0.3,
-    omega=2.0,
-    gamma=8 / 255,
-    ray_units="pixel",
-    objective="eq8",
-    detach=False,
-    beta=None,
-    u=None,
-    share=1.0,
-):
-    """L_AT = |eps(x_t) - eps|^2 + lambda_t |eps(x_t^adv) - eps(x_t) - delta|^2  (Eq. 10) -> (scalar, parts).
+    model, schedule, x0, t, eps, perturb="adv", constraint="equivariance", lam=0.3, omega=2.0,
+    gamma=8 / 255, ray_units="pixel", objective="eq8", detach=False, beta=None, u=None, share=1.0,
+):  # fmt: skip
+    """L_AT = |eps(x_t) - eps|^2 + lambda_t |eps(x_t^adv) - eps(x_t) - delta|^2  (Eq. 10).
 
-    perturb: "ran" or "adv"; "ran" calls the model once, on [x_t, x_t + s delta] and [t, t] of 2 B rows, so that a model which
-    closes over a condition must repeat it. share q in (0, 1]: the second term is the mean over the first round(q B) rows, at
-    least one. It is an expectation over the batch, so this is unbiased (ours); a step then costs 1 + q ("ran") or 1 + 5 q / 3
-    ("adv") times one of DDPM. constraint: "equivariance" (Eq. 10) or "invariance", which leaves out "- delta"
-    (Eq. 9 as a regulariser: the ablation that must fail). Norms are means over elements, lambda_t is per sample.
-    objective: what delta_adv maximises, see adversarial_delta. detach=True stops the gradient through eps(x_t) in the
-    second term (ours; as printed it flows). beta (B,) in [0.5, 2] and u in [-1, 1] of x0's shape, with
-    delta_ran = r_beta u, are drawn from the global generator unless given.
-    parts: detached scalars; L_DM and L_reg sum to the loss; lambda_t and delta are the means of lambda_t and |delta|.
+    -> (scalar, parts). Norms are means over elements, lambda_t is per sample.
+
+    perturb     "adv", or "ran", which calls the model once, on [x_t, x_t + s delta] and [t, t]: a
+                model that closes over a condition must repeat it
+    constraint  "equivariance", or "invariance" without "- delta" (Eq. 9: the ablation that must fail)
+    objective   what delta_adv maximises, see adversarial_delta
+    detach      stops the gradient through eps(x_t) in the second term (ours; as printed it flows)
+    beta, u     (B,) in [0.5, 2], and in [-1, 1] of x0's shape with delta_ran = r_beta u; by default
+                drawn from the global generator
+    share       q in (0, 1]: the second term is the mean over the first round(q B) rows, at least one.
+                It is an expectation over the batch, so this is unbiased (ours). A step then costs
+                1 + q ("ran") or 1 + 5 q / 3 ("adv") times one of DDPM
+    parts       detached scalars: L_DM and L_reg, which sum to the loss, the means of lambda_t, |delta|
     """
     if perturb not in ("ran", "adv"):
         raise ValueError(f"perturb={perturb!r}: need 'ran' or 'adv'")
     if constraint not in ("equivariance", "invariance"):
         raise ValueError(f"constraint={constraint!r}: need 'equivariance' or 'invariance'")
     if not 0 < share <= 1:
-        raise ValueError(
-            f"share={share}: the share of rows that are regularised must lie in (0, 1]"
-        )
+        raise ValueError(f"share={share}: the share of regularised rows must lie in (0, 1]")
     if beta is None:
         beta = torch.empty(len(t), device=t.device).uniform_(0.5, 2)
     n = max(1, round(share * len(t)))  # rows of the second term
@@ -274,12 +279,13 @@ def robust_loss(
         eps_x, eps_adv = both.split([len(t), n])
     else:  # the attack reuses the clean forward
         eps_x = model(x_t, t).to(x0.dtype)
-        delta = adversarial_delta(
+        delta = adversarial_delta(  # Eq. 8
             model, schedule, x_n, t_n, eps[:n], radius, delta, objective, eps_x[:n]
-        )  # Eq. 8
+        )
         eps_adv = model(x_n + s * delta, t_n).to(x0.dtype)  # Eq. 6
 
-    residual = eps_adv - (eps_x[:n].detach() if detach else eps_x[:n])
+    target = eps_x[:n].detach() if detach else eps_x[:n]
+    residual = eps_adv - target
     if constraint == "equivariance":
         residual = residual - delta
     l_dm = (eps_x - eps).square().mean()
@@ -290,18 +296,22 @@ def robust_loss(
     return l_dm + l_reg, parts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ADDT, for purification (P2 = "Understanding and Enhancing the Robustness of Diffusion-Based Purification")
+# --------------------------------------------------------------------------------------------------
+# ADDT, for purification (P2 = "Understanding and Enhancing the Robustness of Diffusion-Based
+# Purification")
 
 
 def rank_gaussian_map(delta, noise):
-    """RBGM (P2 §5.1): delta (B, C, H, W) with its elements replaced by those of `noise` of equal rank, per image and channel.
+    """RBGM (P2 §5.1): delta (B, C, H, W) with its elements replaced by those of `noise` of equal
+    rank, per image and channel.
 
-    What comes back is a permutation of `noise`, ordered in space as delta is. No gradient flows to delta.
+    What comes back is a permutation of `noise`, ordered in space as delta is. No gradient flows to
+    delta.
     """
     if delta.shape != noise.shape or delta.dim() < 3:
         raise ValueError(
-            f"rank_gaussian_map: delta {tuple(delta.shape)} and noise {tuple(noise.shape)} must be (B, C, H, W)"
+            f"rank_gaussian_map: delta {tuple(delta.shape)} and noise {tuple(noise.shape)} must be "
+            "(B, C, H, W)"
         )
     order = delta.detach().flatten(2).argsort(dim=2)
     values = noise.flatten(2).sort(dim=2).values
@@ -309,7 +319,9 @@ def rank_gaussian_map(delta, noise):
 
 
 def addt_weight(schedule, t, unit=0.03, high=0.3):
-    """lambda_t = clip(gamma_t unit, 0, high), gamma_t = sqrt(abar_t) / sqrt(1 - abar_t)  (P2 Eq. 7) -> (B,) float64."""
+    """lambda_t = clip(gamma_t unit, 0, high), gamma_t = sqrt(abar_t) / sqrt(1 - abar_t)  (P2 Eq. 7)
+    -> (B,) float64.
+    """
     abar = schedule.at(schedule.alphas_bar, t)
     return ((abar / (1 - abar)).sqrt() * unit).clamp(0, high)
 
@@ -317,21 +329,28 @@ def addt_weight(schedule, t, unit=0.03, high=0.3):
 def addt_loss(
     model, schedule, classifier, x0, y, t, eps, guide="classifier", perturb="rbgm", passes=5
 ):
-    """ADDT (P2 Algorithm 1): the eps-MSE on noise that CGPO has bent against the classifier -> (scalar, parts).
+    """ADDT (P2 Algorithm 1): the eps-MSE on noise that CGPO has bent against the classifier ->
+    (scalar, parts).
 
-    x0 (B, C, H, W) in [-1, 1]; y (B,) labels; classifier: images in [0, 1] -> logits. With P(x, t) = x^_0 (P2 Eq. 4),
-      noise = sqrt(1 - lambda_t^2) eps + lambda_t RBGM(delta),  x'_t = sqrt(abar) x_0 + sqrt(1 - abar) noise     (P2 Eq. 6)
-      CGPO: `passes` times at the same t, eps fresh: delta += grad_RBGM(delta) L(classifier(P(x'_t, t)), y)      (P2 Eq. 9)
-      loss  |sqrt(abar) / sqrt(1 - abar) (x_0 - P(x'_t, t))|^2 = |eps_theta(x'_t, t) - noise|^2, a mean over elements (Eq. 8).
-    guide: L is the cross-entropy, "mse" |x_0 - P|^2, "none": no CGPO, i.e. plain fine-tuning. y and classifier may be None
-    for these two. perturb="linf" (P2 App. I): lambda_t = clip(gamma_t, 0, 10) and PGD in the place of RBGM. Ours: there
-    noise = eps + lambda_t delta (a lambda_t above 1 leaves no sqrt(1 - lambda_t^2)), which up to the clip adds delta to x_0,
-    and delta has P2's attack budget, 8/255 in steps of 2/255 of a [0, 1] pixel. Ours: delta starts at 1e-30 N(0, I), which only
-    breaks ties, also where a sure classifier's gradients are tiny; L is a sum, so that the batch size cannot matter; RBGM's
-    Gaussian draw is another than eps (P2 §5.1; its Algorithm 1 prints the same).
-    eps is that of the update; all other draws come from the global generator. parts: detached, L_guide is L's last mean,
-    guided the share of (image, pass) whose gradient is finite and not 0 (another pass is left out: 0 for guide="none").
-    The classifier must treat the images of a batch apart, as in eval mode: see scaled_gradient.
+    x0 (B, C, H, W) in [-1, 1]; y (B,) labels; classifier: images in [0, 1] -> logits. With P(x, t)
+    = x^_0 (P2 Eq. 4),
+      noise = sqrt(1 - lambda_t^2) eps + lambda_t RBGM(delta),  x'_t = sqrt(abar) x_0 + sqrt(1 -
+          abar) noise     (P2 Eq. 6)
+      CGPO: `passes` times at the same t, eps fresh: delta += grad_RBGM(delta) L(classifier(P(x'_t,
+          t)), y)      (P2 Eq. 9)
+      loss  |sqrt(abar) / sqrt(1 - abar) (x_0 - P(x'_t, t))|^2 = |eps_theta(x'_t, t) - noise|^2, a
+          mean over elements (Eq. 8).
+    guide: L is the cross-entropy, "mse" |x_0 - P|^2, "none": no CGPO, i.e. plain fine-tuning. y and
+    classifier may be None for these two. perturb="linf" (P2 App. I): lambda_t = clip(gamma_t, 0,
+    10) and PGD in the place of RBGM. Ours: there noise = eps + lambda_t delta (a lambda_t above 1
+    leaves no sqrt(1 - lambda_t^2)), which up to the clip adds delta to x_0, and delta has P2's
+    attack budget, 8/255 in steps of 2/255 of a [0, 1] pixel. Ours: delta starts at 1e-30 N(0, I),
+    which only breaks ties, also where a sure classifier's gradients are tiny; L is a sum, so that
+    the batch size cannot matter; RBGM's Gaussian draw is another than eps (P2 §5.1; its Algorithm 1
+    prints the same). eps is that of the update; all other draws come from the global generator.
+    parts: detached, L_guide is L's last mean, guided the share of (image, pass) whose gradient is
+    finite and not 0 (another pass is left out: 0 for guide="none"). The classifier must treat the
+    images of a batch apart, as in eval mode: see scaled_gradient.
     """
     if guide not in ("classifier", "mse", "none") or perturb not in ("rbgm", "linf"):
         raise ValueError(
@@ -348,7 +367,7 @@ def addt_loss(
 
     delta, objective = 1e-30 * torch.randn_like(x0), torch.zeros((), device=x0.device)
     guided = torch.zeros((), device=x0.device)
-    with _frozen(model), _frozen(classifier):
+    with frozen(model), frozen(classifier):
         for _ in range(0 if guide == "none" else passes):
             mapped = (
                 rank_gaussian_map(delta, torch.randn_like(x0)) if rbgm else delta

@@ -1,7 +1,8 @@
-"""What the samples are worth: FID, Inception Score, PSNR, the noise left in an image; and the record of a run.
+"""What the samples are worth: FID, Inception Score, PSNR, the noise left in an image; and the
+record of a run.
 
-Fréchet distances are computed from means and covariances in float64 with eigenvalues alone, so that they survive
-near-singular covariances and any SciPy version; FID(X, X) is 0 up to rounding.
+Fréchet distances are computed from means and covariances in float64 with eigenvalues alone, so that
+they survive near-singular covariances and any SciPy version; FID(X, X) is 0 up to rounding.
 """
 
 import hashlib
@@ -13,14 +14,19 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
+from data import seed_at
+from losses import NoiseSchedule
+
+# --------------------------------------------------------------------------------------------------
 # distances between sets of features
 
 
 def frechet_distance(mu1, cov1, mu2, cov2):
-    """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2) for float64 arrays (d,), (d, d) -> float (Heusel et al., 2017).
+    """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2) for float64 arrays (d,), (d, d) ->
+    float (Heusel et al., 2017).
 
-    Only symmetric eigenproblems: exact zeros and slightly negative eigenvalues are clipped, nothing can turn complex.
+    Only symmetric eigenproblems: exact zeros and slightly negative eigenvalues are clipped, nothing
+    can turn complex.
     """
     for name, a in (("mu1", mu1), ("cov1", cov1), ("mu2", mu2), ("cov2", cov2)):
         if not np.isfinite(a).all():
@@ -41,7 +47,9 @@ def moments(features):
 
 
 def inception_score(logits, splits=10):
-    """exp E KL(p(y|x) || p(y)) over `splits` parts -> mean, std (Salimans et al., 2016); logits (n, classes)."""
+    """exp E KL(p(y|x) || p(y)) over `splits` parts -> mean, std (Salimans et al., 2016); logits (n,
+    classes).
+    """
     p = torch.as_tensor(logits).double().log_softmax(1)
     scores = []
     for q in p.chunk(splits):  # xlogy(0, 0) = 0: a class that never occurs adds nothing
@@ -56,10 +64,12 @@ def inception_score(logits, splits=10):
 
 
 def judged_faulty(clean, faulty, *samples):
-    """Fisher's linear discriminant between features (n, d) of clean and of faulty images, cut halfway between their means.
+    """Fisher's linear discriminant between features (n, d) of clean and of faulty images, cut
+    halfway between their means.
 
-    -> share judged faulty of: held-out clean images, held-out faulty images, each of `samples`. Fitted on the even rows of
-    clean and faulty, held out are the odd ones. What it says of samples is worth no more than those two shares (ours).
+    -> share judged faulty of: held-out clean images, held-out faulty images, each of `samples`.
+    Fitted on the even rows of clean and faulty, held out are the odd ones. What it says of samples
+    is worth no more than those two shares (ours).
     """
     (mu0, cov0), (mu1, cov1) = moments(clean[::2]), moments(faulty[::2])
     within = (cov0 + cov1) / 2
@@ -73,11 +83,13 @@ def judged_faulty(clean, faulty, *samples):
 
 
 def diversity(real, fake, k=5):
-    """Precision, recall (Kynkäänniemi et al., 2019), density and coverage (Naeem et al., 2020) of features (n, d) -> dict.
+    """Precision, recall (Kynkäänniemi et al., 2019), density and coverage (Naeem et al., 2020) of
+    features (n, d) -> dict.
 
-    With the ball of a point reaching to its k-th neighbour in its own set: precision is the share of fake points in a real
-    ball, recall of real points in a fake ball; density counts the real balls around a fake point, over k; coverage is the share
-    of real balls that hold a fake point. Recall and coverage fall where variety is lost; all depend on both n.
+    With the ball of a point reaching to its k-th neighbour in its own set: precision is the share
+    of fake points in a real ball, recall of real points in a fake ball; density counts the real
+    balls around a fake point, over k; coverage is the share of real balls that hold a fake point.
+    Recall and coverage fall where variety is lost; all depend on both n.
     """
     real = torch.as_tensor(real, dtype=torch.float32)
     fake = torch.as_tensor(fake, dtype=torch.float32)
@@ -99,22 +111,21 @@ def diversity(real, fake, k=5):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # single images
 
 
 def image_statistics(x):
     """What a set of images x (n, C, S, S) in [-1, 1] looks like to no network -> dict of floats.
 
-    noise_level: the mean of `noise_level`; brightness_std: standard deviation, over the set, of an image's mean;
-    power_1 .. power_4: power per pixel in four bands of spatial frequency, up to 1/8, 1/4, 1/2, 1 of the highest along an axis
-    (and beyond), without each image's mean.
+    noise_level: the mean of `noise_level`; brightness_std: standard deviation, over the set, of an
+    image's mean; power_1 .. power_4: power per pixel in four bands of spatial frequency, up to 1/8,
+    1/4, 1/2, 1 of the highest along an axis (and beyond), without each image's mean.
     """
     waves = torch.fft.fft2(x - x.mean((2, 3), keepdim=True), norm="forward")
     spectrum = waves.abs().square().mean((0, 1))
-    frequency = (
-        torch.fft.fftfreq(x.shape[-1], device=x.device).abs() * 2
-    )  # 1 is the highest along an axis
+    # 1 is the highest along an axis
+    frequency = torch.fft.fftfreq(x.shape[-1], device=x.device).abs() * 2
     radius = (frequency[:, None].square() + frequency.square()).sqrt()
     edges = [0.0, 1 / 8, 1 / 4, 1 / 2, 2.0]
     power = {
@@ -129,35 +140,43 @@ def image_statistics(x):
 
 
 def psnr(x, y, peak=2.0):
-    """Peak signal-to-noise ratio in dB over all but the first axis -> (B,); peak 2 for the [-1, 1] scale."""
+    """Peak signal-to-noise ratio in dB over all but the first axis -> (B,); peak 2 for the [-1, 1]
+    scale.
+    """
     mse = (x - y).flatten(1).square().mean(1)
     return 10 * torch.log10(peak**2 / mse)
 
 
 def noise_level(x):
-    """Standard deviation of white noise, estimated from each image itself: x (B, C, H, W) -> (B,), in x's units.
+    """Standard deviation of white noise, estimated from each image itself: x (B, C, H, W) -> (B,),
+    in x's units.
 
-    Immerkær (1996): a mask that annihilates planes, mean absolute response times sqrt(pi / 2) / 6. Fine texture counts
-    as noise: clean photographs do not give 0, so quote the estimate for clean data beside it.
+    Immerkær (1996): a mask that annihilates planes, mean absolute response times sqrt(pi / 2) / 6.
+    Fine texture counts as noise: clean photographs do not give 0, so quote the estimate for clean
+    data beside it.
     """
     return _mask_response(x).abs().mean(1) * (np.pi / 2) ** 0.5 / 6
 
 
 def noise_mad(x):
-    """As `noise_level`, by the median absolute deviation / 0.6745, which edges and rare wild pixels hardly move.
+    """As `noise_level`, by the median absolute deviation / 0.6745, which edges and rare wild pixels
+    hardly move.
 
     Texture adds to sigma: clean CIFAR-10 gives 0.02 at 32x32 and 0.05 at 16x16 (99 % of the images
-    below 0.06 and 0.10), sigma = 0.02 reads 0.034 and 0.054, 0.1 reads 0.107 and 0.117, 0.4 reads 0.402 and 0.406.
-    It reads too low where noise was clipped (0.2 cut to uint8: 0.16 on white butterflies) or smoothed (JPEG at quality 75:
-    0.13 on CIFAR-10), gives 0 where over half of the image is flat, sees no blur, patch or foreign image, and sees
-    salt and pepper from about 7 % of the pixels on, where the mask's 9 pixels make it touch half of the responses.
+    below 0.06 and 0.10), sigma = 0.02 reads 0.034 and 0.054, 0.1 reads 0.107 and 0.117, 0.4 reads
+    0.402 and 0.406. It reads too low where noise was clipped (0.2 cut to uint8: 0.16 on white
+    butterflies) or smoothed (JPEG at quality 75: 0.13 on CIFAR-10), gives 0 where over half of the
+    image is flat, sees no blur, patch or foreign image, and sees salt and pepper from about 7 % of
+    the pixels on, where the mask's 9 pixels make it touch half of the responses.
     """
     r = _mask_response(x)
     return (r - r.median(1, keepdim=True).values).abs().median(1).values / 0.6744897501960817 / 6
 
 
 def estimate_noise(data, above):
-    """noise_mad of every image of a data.CorruptedImages as it is -> (N,) float32, 0 where it is <= above."""
+    """noise_mad of every image of a data.CorruptedImages as it is -> (N,) float32, 0 where it is <=
+    above.
+    """
     sigma = torch.empty(len(data), device=data.device)
     parts = torch.arange(len(data), device=data.device).split(500)
     for index in tqdm(parts, "estimate the noise", leave=False, disable=len(parts) == 1):
@@ -166,29 +185,35 @@ def estimate_noise(data, above):
 
 
 def _mask_response(x):
-    """x (B, C, H, W) -> (B, C (H-2) (W-2)); white noise of standard deviation sigma gives 6 sigma, a plane 0."""
+    """x (B, C, H, W) -> (B, C (H-2) (W-2)); white noise of standard deviation sigma gives 6 sigma,
+    a plane 0.
+    """
     mask = torch.tensor([[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]], device=x.device, dtype=x.dtype)
     return F.conv2d(x.flatten(0, 1)[:, None], mask[None, None]).view(len(x), -1)
 
 
 def nearest_distance(x, reference):
-    """Root mean square per pixel between an image and its nearest in `reference`, averaged over x (n, C, S, S) -> float.
+    """Root mean square per pixel between an image and its nearest in `reference`, averaged over x
+    (n, C, S, S) -> float.
 
-    Of clean images, it says how far samples are from any: noise and grey mush are far, whatever their noise level.
+    Of clean images, it says how far samples are from any: noise and grey mush are far, whatever
+    their noise level.
     """
     gaps = torch.cdist(x.flatten(1), reference.flatten(1)).amin(1)
     return (gaps / x[0].numel() ** 0.5).mean().item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # networks
 
 
 @torch.no_grad()
 def brightness_gain(model, schedule, x0, eps, t, shift=0.1):
-    """How the mean of eps_theta answers a shift of the whole of x_t, averaged over x0 (B, C, S, S) at step t -> 0-dim tensor.
+    """How the mean of eps_theta answers a shift of the whole of x_t, averaged over x0 (B, C, S, S)
+    at step t -> 0-dim tensor.
 
-    Beside `gaussian_gain` it tells whether a network has learned the global content: with 0 it ignores brightness.
+    Beside `gaussian_gain` it tells whether a network has learned the global content: with 0 it
+    ignores brightness.
     """
     steps = torch.full((len(x0),), t, device=x0.device)
     x_t = schedule.q_sample(x0, steps, eps)
@@ -198,15 +223,51 @@ def brightness_gain(model, schedule, x0, eps, t, shift=0.1):
 
 
 def gaussian_gain(schedule, t, variance):
-    """The gain of DDPM's minimiser for Gaussian data along a unit direction of this variance: k = s / (abar v + s^2).
+    """The gain of DDPM's minimiser for Gaussian data along a unit direction of this variance: k = s
+    / (abar v + s^2).
 
-    The direction of brightness is 1 / sqrt(numel) everywhere: v = numel times the variance of an image's mean.
+    The direction of brightness is 1 / sqrt(numel) everywhere: v = numel times the variance of an
+    image's mean.
     """
     abar = schedule.alphas_bar[t].item()
     return (1 - abar) ** 0.5 / (abar * variance + 1 - abar)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+PROBED = (100, 300, 600, 900)  # t
+
+
+def probe(data, seed):
+    """A fixed batch for `diagnose`: dict(x0, eps, t), t over all steps, and the Gaussian gains."""
+    x0 = data.batch(torch.arange(min(64, len(data)), device=data.device))
+    generator = torch.Generator().manual_seed(seed_at(seed, 0, stream=5))
+    eps = torch.randn(x0.shape, generator=generator).to(x0.device)
+    many = data.batch(torch.arange(min(1000, len(data)), device=data.device))
+    variance = many[0].numel() * many.mean((1, 2, 3)).var().item()
+    schedule = NoiseSchedule()
+    gains = {f"gauss_{t}": gaussian_gain(schedule, t, variance) for t in PROBED}
+    t = torch.arange(len(x0), device=x0.device) * schedule.T // len(x0)
+    return dict(x0=x0, eps=eps, t=t), gains
+
+
+@torch.no_grad()
+def diagnose(state, batch, gains):
+    """Of the averaged weights: L_DM by quarter of t, and the gain of eps to brightness at a few t.
+
+    gauss_t is the gain of the minimiser for Gaussian data; far below it, global content is missing.
+    """
+    x0, eps, t = batch["x0"], batch["eps"], batch["t"]
+    with state.cast:
+        answer = state.ema(state.schedule.q_sample(x0, t, eps), t)
+        found = {
+            f"gain_{k}": brightness_gain(state.ema, state.schedule, x0, eps, k).item()
+            for k in PROBED
+        }
+    loss = (answer - eps).square().flatten(1).mean(1)
+    quarters = {f"L_DM_q{i + 1}": part.mean().item() for i, part in enumerate(loss.chunk(4))}
+    return quarters | found | gains
+
+
+# --------------------------------------------------------------------------------------------------
 # features
 
 
@@ -216,7 +277,8 @@ def to_uint8(x):
 
 
 class Inception(torch.nn.Module):
-    """pytorch-fid's Inception: uint8 (B, 3, H, W) -> pool features (B, 2048), logits (B, 1008), in one pass.
+    """pytorch-fid's Inception: uint8 (B, 3, H, W) -> pool features (B, 2048), logits (B, 1008), in
+    one pass.
 
     The logits leave out the classifier's bias, as the original Inception Score code does.
     weights: a local copy of pt_inception-2015-12-05-6726825d.pth, else it is downloaded.
@@ -257,7 +319,9 @@ class Inception(torch.nn.Module):
 
 
 def extract(network, images, batch_size=250, device="cpu", desc="features"):
-    """Run `network` on uint8 images (N, S, S, 3) array -> features (N, d), logits (N, k), float32 arrays."""
+    """Run `network` on uint8 images (N, S, S, 3) array -> features (N, d), logits (N, k), float32
+    arrays.
+    """
     network = network.to(device)
     features, logits = [], []
     for i in tqdm(
@@ -273,7 +337,9 @@ def extract(network, images, batch_size=250, device="cpu", desc="features"):
 
 
 def reference_moments(network, network_key, images, cache, batch_size=250, device="cpu"):
-    """Moments of the reference images' features, cached under a key of the network and of every pixel."""
+    """Moments of the reference images' features, cached under a key of the network and of every
+    pixel.
+    """
     path = Path(cache) / f"moments-{images_key(network_key, images)}.npz"
     if path.exists():
         with np.load(path) as f:
@@ -300,5 +366,5 @@ def file_key(path):
         return hashlib.sha256(f.read()).hexdigest()[:16]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the record of a run

@@ -1,4 +1,6 @@
-"""What every script needs and none explains: device and precision, flags, an orderly stop, logs, checkpoints, records."""
+"""What every script needs and none explains: device and precision, flags, an orderly stop, logs,
+checkpoints, records.
+"""
 
 import argparse
 import contextlib
@@ -76,17 +78,20 @@ def pick_gpu(device):
 
 
 def precision(device, amp):
-    """--amp auto | bf16 | fp16 | fp32 -> dtype of the autocast.
+    """--amp auto | bf16 | fp16 | fp32 -> dtype of the autocast."""
+    name = amp_name(device, amp)
+    return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[name]
 
-    auto: bf16 where the device computes faster in it; else fp16 on a GPU, fp32 on a CPU.
-    """
+
+def amp_name(device, amp):
+    """auto: bf16 where the device computes faster in it; else fp16 on a GPU, fp32 on a CPU."""
     if amp == "fp16" and device.type == "cpu":
         raise ValueError("--amp fp16: needs a GPU; use bf16 or fp32")
     if amp == "auto" and device.type == "cpu":
         amp = "bf16" if fast_bf16() else "fp32"
     if amp == "auto":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[amp]
+    return amp
 
 
 def fast_bf16():
@@ -117,6 +122,21 @@ def average(grads, world):
         flat /= world
     parts = flat.split([g.numel() for g in grads])
     torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
+
+
+def move_gradients(weights, params, first):
+    """The gradients of the weights in lower precision become, or are added to, those of params."""
+    for p in params:
+        if p.grad is None:  # once: later steps write into the same memory
+            p.grad = torch.empty_like(p)
+    grads = [p.grad for p in params]
+    lower = [weight.grad for weight in weights]
+    if first:
+        torch._foreach_copy_(grads, lower)
+    else:
+        torch._foreach_add_(grads, lower)
+    for weight in weights:
+        weight.grad = None
 
 
 def memory(device):
@@ -153,7 +173,9 @@ def refuse(parser, message):
 
 
 def between(low, high=math.inf, kind=float, above=False, below=False):
-    """A type for argparse: a finite number in [low, high]; above, below: the end itself is left out."""
+    """A type for argparse: a finite number in [low, high]; above, below: the end itself is left
+    out.
+    """
     left, right = "(" if above else "[", ")" if below or high == math.inf else "]"
 
     def parse(text):
@@ -166,6 +188,11 @@ def between(low, high=math.inf, kind=float, above=False, below=False):
 
     parse.__name__ = kind.__name__  # argparse names it where the text is no number
     return parse
+
+
+def flag(name):
+    """reg_last -> --reg-last"""
+    return "--" + name.lower().replace("_", "-")
 
 
 def given_flags(parser, argv=None):
@@ -203,9 +230,11 @@ class Interrupt:
 
 
 class Log:
-    """Scalars of every step, kept on the device; `flush` fetches them at once, checks them and writes their means as a line.
+    """Scalars of every step, kept on the device; `flush` fetches them at once, checks them and
+    writes their means as a line.
 
-    path: a .jsonl file, written on process 0; lines after `first`, of an interrupted run, are dropped.
+    path: a .jsonl file, written on process 0; lines after `first`, of an interrupted run, are
+    dropped.
     """
 
     def __init__(self, path, first, batch_size, device, rank=0, world=1, may_skip=False):
@@ -224,7 +253,9 @@ class Log:
         self.pending.append(scalars)
 
     def flush(self, step, advice, **more):
-        """One host sync for many steps -> the line. Exits with `advice` where a loss or gradient is not finite."""
+        """One host sync for many steps -> the line. Exits with `advice` where a loss or gradient is
+        not finite.
+        """
         if not self.pending:
             return {}
         names = list(self.pending[0])

@@ -26,7 +26,7 @@ import runtime
 from classifier import load_features
 from data import image_noise, load_images, to_float
 from losses import NoiseSchedule
-from runtime import autocast, layout, load_checkpoint, precision, setup
+from runtime import autocast, flag, layout, load_checkpoint, precision, setup
 from samplers import SAMPLERS, ddim_sample, ddpm_sample, heun_sample  # noqa: F401
 from unet import UNet
 
@@ -61,12 +61,10 @@ def add_arguments(parser):
     )
 
 
-def flag(name):
-    return "--" + name.lower().replace("_", "-")
-
-
 def own_flags():
-    """{flag: (default, its sampler)} of all samplers, but for steps and spacing, which may be lists."""
+    """{flag: (default, its sampler)} of all samplers, but for steps and spacing, which may be
+    lists.
+    """
     found = {}
     for sampler, (_, flags, _) in SAMPLERS.items():
         for name, default in flags.items():
@@ -76,7 +74,9 @@ def own_flags():
 
 
 def sampler_options(args, steps, spacing):
-    """The keyword arguments of args.sampler's function; refuses values and flags without sense for it."""
+    """The keyword arguments of args.sampler's function; refuses values and flags without sense for
+    it.
+    """
     function, flags, _ = SAMPLERS[args.sampler]
     options = dict(flags, clip=not args.no_clip)
     for name, (default, owner) in own_flags().items():
@@ -101,7 +101,9 @@ def sampler_options(args, steps, spacing):
 
 
 def generate(model, schedule, index, shape, seed, device, sampler="ddpm", **options):
-    """Images number index (B,) of the sample `seed` -> x_0 (B, *shape), each a function of (seed, i)."""
+    """Images number index (B,) of the sample `seed` -> x_0 (B, *shape), each a function of (seed,
+    i).
+    """
     index = torch.as_tensor(index, device=device)
 
     def noise(stream):
@@ -113,8 +115,9 @@ def generate(model, schedule, index, shape, seed, device, sampler="ddpm", **opti
 
 
 def load_model(path, args, device):
-    """(model ready to sample, image size, training settings) of a checkpoint or a folder of train.py
-    or of diffusers."""
+    """(model ready to sample, image size, training settings) of a checkpoint or a folder of
+    train.py or of diffusers.
+    """
     if Path(path, "ckpt.pt").is_file():
         path = Path(path, "ckpt.pt")
     if os.path.isdir(path):
@@ -185,8 +188,9 @@ def save_grid(x, path):
 
 
 def save_sample(images, out, png):
-    """OUT/samples.npz, grid.png and, if png, images/*.png of images (n, S, S, 3) uint8 -> x (n, 3, S, S)
-    in [-1, 1]."""
+    """OUT/samples.npz, grid.png and, if png, images/*.png of images (n, S, S, 3) uint8 -> x (n, 3,
+    S, S) in [-1, 1].
+    """
     folder = out / "images"
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("[0-9]" * 6 + ".png"):  # of an earlier sample, perhaps a larger one
@@ -205,8 +209,9 @@ def save_sample(images, out, png):
 
 
 def features_network(features, inception_weights):
-    """The network of the Fréchet distance, the distance's name, a cache key: Inception, or a checkpoint
-    of classifier.py."""
+    """The network of the Fréchet distance, the distance's name, a cache key: Inception, or a
+    checkpoint of classifier.py.
+    """
     if features is None:
         network = metrics.Inception(inception_weights)  # raises first for a missing file
         key = metrics.file_key(inception_weights) if inception_weights else "download"
@@ -269,8 +274,8 @@ def prepare_scorer(models, args):
 
 
 def sample_and_score(runs, args):
-    """Samples of runs, {folder: (checkpoint, steps, spacing)}, in their folders; what cannot work is
-    refused before the first.
+    """Samples of runs, {folder: (checkpoint, steps, spacing)}, in their folders; what cannot work
+    is refused before the first.
 
     -> {folder: (the first 64 images in [-1, 1], numbers, training settings)}; under torchrun on the
     first process alone.

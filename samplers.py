@@ -3,8 +3,9 @@
     x0 = ddpm_sample(model, schedule, torch.randn(64, 3, 32, 32))
     x0 = ddim_sample(model, schedule, x_T, steps=50)
 
-A model is any callable (x_t, t) -> eps; `schedule` is a losses.NoiseSchedule. In the steps, abar and
-abar_prev are (B,) float64 with abar < abar_prev <= 1. A new sampler is a function and a row of SAMPLERS.
+A model is any callable (x_t, t) -> eps; `schedule` is a losses.NoiseSchedule. In the steps, abar
+and abar_prev are (B,) float64 with abar < abar_prev <= 1. A new sampler is a function and a row of
+SAMPLERS.
 """
 
 import functools
@@ -24,7 +25,9 @@ def clipped(x0, clip):
 
 
 def ddpm_variance(abar, abar_prev, variance):
-    """s_t^2 of Eq. 5: beta_t ("fixed-large"), or beta~_t ("fixed-small"), that of q(x_{t-1} | x_t, x_0)."""
+    """s_t^2 of Eq. 5: beta_t ("fixed-large"), or beta~_t ("fixed-small"), that of q(x_{t-1} | x_t,
+    x_0).
+    """
     beta = 1 - abar / abar_prev
     if variance == "fixed-large":
         return beta
@@ -34,7 +37,9 @@ def ddpm_variance(abar, abar_prev, variance):
 
 
 def ddpm_step(x_t, eps, z, abar, abar_prev, clip=True, variance="fixed-large"):
-    """x_{t-1} = mu~(x_t, x^_0) + s_t z, which without clipping is Eq. 5; z is ignored where abar_prev = 1."""
+    """x_{t-1} = mu~(x_t, x^_0) + s_t z, which without clipping is Eq. 5; z is ignored where
+    abar_prev = 1.
+    """
     x0 = predict_x0(x_t, eps, abar)
     mean = posterior_mean(clipped(x0, clip), x_t, abar, abar_prev)
     var = ddpm_variance(abar, abar_prev, variance)
@@ -44,8 +49,9 @@ def ddpm_step(x_t, eps, z, abar, abar_prev, clip=True, variance="fixed-large"):
 def ddim_step(x_t, eps, z, abar, abar_prev, eta=0.0, clip=True, rederive=False):
     """DDIM, Eq. 12 of Song et al. (2021); eta = 0 is deterministic.
 
-    rederive: eps becomes the noise between x_t and the clipped x^_0 (Dhariwal & Nichol, 2021). Without
-    it, clipping at large t shrinks what x_t and x^_0 share by the network's gain at every step.
+    rederive: eps becomes the noise between x_t and the clipped x^_0 (Dhariwal & Nichol, 2021).
+    Without it, clipping at large t shrinks what x_t and x^_0 share by the network's gain at every
+    step.
     """
     std = eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
     x0 = clipped(predict_x0(x_t, eps, abar), clip)
@@ -81,8 +87,8 @@ def heun_correct(x, x_next, d, eps_next, sigma, sigma_next, clip=True):
 def ddpm_timesteps(T, steps=None, spacing="respaced"):
     """Pairs (t, t_prev), from noise to data; t_prev = -1 stands for x_0. steps: None for all T.
 
-    respaced   evenly spaced t, betas re-derived between neighbours (Nichol & Dhariwal, 2021)
-    naive      the same t, each step computed as if from t to t - 1 (Eq. 5 with a subset of the steps)
+    respaced   evenly spaced t, betas re-derived between neighbours (Nichol & Dhariwal, 2021) naive
+    the same t, each step computed as if from t to t - 1 (Eq. 5 with a subset of the steps)
     truncated  t = steps-1 .. 0, started from N(0, I)
     """
     steps = T if steps is None else steps
@@ -99,7 +105,9 @@ def ddpm_timesteps(T, steps=None, spacing="respaced"):
 
 
 def ddim_timesteps(T, steps=100):
-    """Pairs (t, t_prev) at t = floor(i T / steps), DDIM's linear choice; t_prev = -1 stands for x_0."""
+    """Pairs (t, t_prev) at t = floor(i T / steps), DDIM's linear choice; t_prev = -1 stands for
+    x_0.
+    """
     if not 1 <= steps <= T:
         raise ValueError(f"--steps {steps}: must lie in 1..{T}")
     ts = [i * T // steps for i in range(steps)][::-1]
@@ -107,7 +115,9 @@ def ddim_timesteps(T, steps=100):
 
 
 def heun_timesteps(schedule, steps=18, t_start=None, rho=7.0):
-    """t of EDM's noise levels sigma_i (Karras et al., 2022, Eq. 5), rounded to the schedule, from t_start to 0."""
+    """t of EDM's noise levels sigma_i (Karras et al., 2022, Eq. 5), rounded to the schedule, from
+    t_start to 0.
+    """
     sigmas = np.array(schedule.sigmas)
     t_start = schedule.T - 1 if t_start is None else t_start
     if steps < 1 or not 0 <= t_start < schedule.T:
@@ -127,13 +137,17 @@ def heun_timesteps(schedule, steps=18, t_start=None, rho=7.0):
 
 
 def advance(step, noise, i, x, eps, abars, ts, ts_prev):
-    """x_{t-1} = step(x_t, eps, z, abar_t, abar_t_prev), z = noise(i); ts, ts_prev (B,), abars at index t + 1."""
+    """x_{t-1} = step(x_t, eps, z, abar_t, abar_t_prev), z = noise(i); ts, ts_prev (B,), abars at
+    index t + 1.
+    """
     z = torch.randn_like(x) if noise is None else noise(i)
     return step(x, eps.to(x.dtype), z, abars[ts + 1], abars[ts_prev + 1])
 
 
 def follow(model, schedule, x_T, pairs, step, noise=None, on_step=None, compiled=False):
-    """x <- step(x, eps_theta(x, t), z, abar_t, abar_t_prev) over all pairs (t, t_prev); keeps gradients."""
+    """x <- step(x, eps_theta(x, t), z, abar_t, abar_t_prev) over all pairs (t, t_prev); keeps
+    gradients.
+    """
     alphas_bar = schedule.alphas_bar.to(x_T.device)
     abars = torch.cat([torch.ones_like(alphas_bar[:1]), alphas_bar])  # at index t + 1
     update = torch.compile(advance, dynamic=False) if compiled else advance
@@ -168,7 +182,9 @@ def ddim_sample(
     model, schedule, x_T, steps=100, eta=0.0, clip=True, rederive=False,
     noise=None, on_step=None, compiled=False,
 ):  # fmt: skip
-    """DDIM (Song et al., 2021); eta = 0 uses no noise. rederive: see ddim_step. The rest as ddpm_sample."""
+    """DDIM (Song et al., 2021); eta = 0 uses no noise. rederive: see ddim_step. The rest as
+    ddpm_sample.
+    """
     if not 0 <= eta <= 1:
         raise ValueError(f"--eta {eta}: must lie in [0, 1]")
     step = functools.partial(ddim_step, eta=eta, clip=clip, rederive=rederive)
@@ -184,10 +200,12 @@ def heun_follow(
     model, schedule, x_T, steps=18, S_churn=0.0, S_min=0.0, S_max=float("inf"), S_noise=1.0,
     clip=True, t_start=None, noise=None, compiled=False,
 ):  # fmt: skip
-    """EDM's Algorithm 2 (Karras et al., 2022) on an eps-network, 2 steps - 1 network calls; keeps gradients.
+    """EDM's Algorithm 2 (Karras et al., 2022) on an eps-network, 2 steps - 1 network calls; keeps
+    gradients.
 
-    VP -> EDM: x / sqrt(abar) at sigma = sqrt((1 - abar) / abar). x_T is a VP sample at t_start (default
-    T - 1). S_churn > 0 adds noise within [S_min, S_max]; all levels are rounded to the schedule's (ours).
+    VP -> EDM: x / sqrt(abar) at sigma = sqrt((1 - abar) / abar). x_T is a VP sample at t_start
+    (default T - 1). S_churn > 0 adds noise within [S_min, S_max]; all levels are rounded to the
+    schedule's (ours).
     """
     abars = schedule.alphas_bar.to(x_T.device)
     table = np.array(schedule.sigmas)
@@ -199,9 +217,8 @@ def heun_follow(
 
     def eps(x, t):
         answer = model(x * abars[t].sqrt().to(x.dtype), torch.full((len(x),), t, device=x.device))
-        return (
-            answer if clip else answer.clone()
-        )  # a CUDA graph writes its next output over this one
+        # a CUDA graph writes its next output over this one
+        return answer if clip else answer.clone()
 
     ts = heun_timesteps(schedule, steps, t_start)
     x = x_T / abars[ts[0]].sqrt().to(x_T.dtype)

@@ -2,10 +2,11 @@
 
     net = UNet(**PRESETS["ddpm"])                  # 35.7 M parameters, 32x32
     net = UNet.load("out/ckpt.pt")                 # a checkpoint of train.py, EMA weights
-    net = UNet.from_diffusers("ddpm-cifar10-32/")  # a folder or a state dict of diffusers' UNet2DModel
+    net = UNet.from_diffusers("ddpm-cifar10-32/")  # a folder or state dict of a UNet2DModel
 
-Details that matter for loading those weights: GroupNorm eps 1e-6, down-sampling pads right and bottom only, the time
-embedding is [sin, cos] with frequencies 1e4^(-i / (d/2 - 1)), attention has one head.
+Details that matter for loading those weights: GroupNorm eps 1e-6, down-sampling pads right and
+bottom only, the time embedding is [sin, cos] with frequencies 1e4^(-i / (d/2 - 1)), attention has
+one head.
 """
 
 import math
@@ -32,13 +33,16 @@ PRESETS = {
     ),
     # 2.6 M parameters on 2x2 patches (ours): the cheapest here per step, 0.4 of tiny.
     "mini": dict(channels=(96, 96), attention=(False, True), blocks=1, dropout=0.0, patch=2),
-    # 2.8 M parameters, trains on a CPU at 16x16 (minutes) or 32x32. No dropout: its runs are too short to overfit.
+    # 2.8 M parameters, trains on a CPU at 16x16 (minutes) or 32x32. No dropout: its runs are too
+    # short to overfit.
     "tiny": dict(channels=(64, 96, 96), attention=(False, True, False), blocks=1, dropout=0.0),
 }
 
 
 def timestep_embedding(t, dim):
-    """Sin-cos features of t, (B,) integer or real -> (B, dim); DDPM's frequencies 1e4^(-i / (dim/2 - 1))."""
+    """Sin-cos features of t, (B,) integer or real -> (B, dim); DDPM's frequencies 1e4^(-i / (dim/2
+    - 1)).
+    """
     dtype = t.dtype if t.dtype == torch.float64 else torch.float32
     freqs = torch.exp(
         torch.arange(dim // 2, device=t.device, dtype=dtype) * (-math.log(1e4) / (dim // 2 - 1))
@@ -58,7 +62,8 @@ def conv3x3(c_in, c_out, stride=1, padding=1):
 
 
 class Dropout(nn.Module):
-    """Dropout. Given keys (B,) int64, row i of the mask is a function of keys[i] and `number`, that of the layer.
+    """Dropout. Given keys (B,) int64, row i of the mask is a function of keys[i] and `number`, that
+    of the layer.
 
     Equal keys give equal masks, in every forward and on every device. Without keys it is torch's.
     """
@@ -78,7 +83,9 @@ class Dropout(nn.Module):
 
 
 def scramble(x):
-    """A permutation of 0..2^32 - 1 that leaves no pattern (lowbias32, C. Wellons): int64 -> int64, elementwise."""
+    """A permutation of 0..2^32 - 1 that leaves no pattern (lowbias32, C. Wellons): int64 -> int64,
+    elementwise.
+    """
     x = x & 0xFFFFFFFF
     x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
     x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
@@ -97,11 +104,12 @@ class ResBlock(nn.Module):
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x, shift, keys):
-        """shift (B, c_out): self.emb of the time embedding, which UNet.shifts computes for all blocks; keys: of Dropout."""
+        """shift (B, c_out): self.emb of the time embedding, which UNet.shifts computes for all
+        blocks; keys: of Dropout.
+        """
         h = F.conv2d(F.silu(self.norm1(x)), self.conv1.weight, padding=1)
-        h = (
-            h + (shift + self.conv1.bias.to(shift.dtype))[:, :, None, None]
-        )  # one sum over pixels in the backward
+        # one sum over pixels in the backward
+        h = h + (shift + self.conv1.bias.to(shift.dtype))[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h)), keys))
         return self.skip(x) + h
 
@@ -120,7 +128,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(h)[:, None].chunk(3, dim=-1)  # (B, 1 head, HW, C)
         if q.is_cuda or q.dtype != torch.bfloat16:
             h = F.scaled_dot_product_attention(q, k, v)[:, 0]
-        else:  # PyTorch's kernel for CPUs is 1.3 (large batch) to 3 times slower than the formula in bf16
+        else:  # in bf16, PyTorch's kernel for CPUs is 1.3 (large batch) to 3 times slower
             h = ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1).to(v.dtype).matmul(v)[:, 0]
         return x + self.out(h).transpose(1, 2).unflatten(2, x.shape[2:])
 
@@ -142,11 +150,12 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """eps_theta: x (B, C, H, W), t (B,) in 0..T-1 -> the predicted unit noise, x's shape and dtype.
 
-    channels: width of each resolution, halving from one to the next, so H and W must divide by `factor`,
-    patch 2^(len(channels) - 1); attention: per resolution; blocks: residual blocks per resolution; patch: the network sees
-    patch x patch pixels as channels (ours, for CPUs: wants channels[0] well above 2 in_channels patch^2).
-    mask_keys: (B,) int64 or None. The forwards of Robust_adv compare outputs: with a dropout mask each, the attack and the
-    regulariser would hold the masks' noise, so that train.py gives the rows of a batch one mask for a whole step (ours).
+    channels: width of each resolution, halving from one to the next, so H and W must divide by
+    `factor`, patch 2^(len(channels) - 1); attention: per resolution; blocks: residual blocks per
+    resolution; patch: the network sees patch x patch pixels as channels (ours, for CPUs: wants
+    channels[0] well above 2 in_channels patch^2). mask_keys: (B,) int64 or None. The forwards of
+    Robust_adv compare outputs: with a dropout mask each, the attack and the regulariser would hold
+    the masks' noise, so that train.py gives the rows of a batch one mask for a whole step (ours).
     `config` rebuilds the network: UNet(**net.config).
     """
 
@@ -209,7 +218,9 @@ class UNet(nn.Module):
         self._init_weights()
 
     def _init_weights(self):
-        """DDPM's: uniform with variance 1/fan_avg; the last layer of every branch and of the network starts at 0."""
+        """DDPM's: uniform with variance 1/fan_avg; the last layer of every branch and of the
+        network starts at 0.
+        """
         for m in self.modules():
             if isinstance(m, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(m.weight)
@@ -223,7 +234,8 @@ class UNet(nn.Module):
                 nn.init.zeros_(getattr(m, zero).weight)
 
     def cast(self, dtype):
-        """The parameters of convolutions and linear layers cast, once, as autocast would at every call -> this network.
+        """The parameters of convolutions and linear layers cast, once, as autocast would at every
+        call -> this network.
 
         For use under autocast still: all else remains in float32.
         """
@@ -260,9 +272,8 @@ class UNet(nn.Module):
                 h = attn(res(h, next(shifts), keys))
                 hs.append(h)
             if level.resample is not None:
-                h = level.resample(
-                    F.pad(h, (0, 1, 0, 1))
-                )  # right and bottom only, as in DDPM's TensorFlow code
+                # right and bottom only, as in DDPM's TensorFlow code
+                h = level.resample(F.pad(h, (0, 1, 0, 1)))
                 hs.append(h)
 
         for res, attn in zip(self.mid.res, self.mid.attn):
@@ -278,7 +289,9 @@ class UNet(nn.Module):
 
     @classmethod
     def load(cls, checkpoint, ema=True):
-        """The network of a train.py checkpoint (path or loaded dict), in eval mode; ema=False for the raw weights."""
+        """The network of a train.py checkpoint (path or loaded dict), in eval mode; ema=False for
+        the raw weights.
+        """
         ckpt = checkpoint
         if isinstance(checkpoint, (str, os.PathLike)):
             ckpt = load_checkpoint(checkpoint)
@@ -297,7 +310,8 @@ class UNet(nn.Module):
 
     @classmethod
     def from_diffusers(cls, source, dropout=0.1):
-        """From a folder with a UNet2DModel (config.json beside .safetensors or .bin), or its state dict.
+        """From a folder with a UNet2DModel (config.json beside .safetensors or .bin), or its state
+        dict.
 
         Raises ValueError for a model outside the family of google/ddpm-cifar10-32.
         """
@@ -312,7 +326,8 @@ class UNet(nn.Module):
         return net.eval()
 
     def to_diffusers(self, folder, image_size=32):
-        """Write a folder that diffusers' DDPMPipeline.from_pretrained opens; the inverse of from_diffusers.
+        """Write a folder that diffusers' DDPMPipeline.from_pretrained opens; the inverse of
+        from_diffusers.
 
         Raises ValueError for patch > 1, which UNet2DModel cannot express.
         """

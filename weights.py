@@ -1,6 +1,7 @@
 """The weights of unet.UNet as those of diffusers' UNet2DModel, and back.
 
-    python sample.py --ckpt out/ckpt.pt --export folder      # DDPMPipeline.from_pretrained("folder")
+    python sample.py --ckpt out/ckpt.pt --export folder      #
+        DDPMPipeline.from_pretrained("folder")
     net = UNet.from_diffusers("ddpm-cifar10-32/")
 
 Needs torch alone; a .safetensors file takes `pip install safetensors`.
@@ -110,7 +111,9 @@ def highest(pattern, state):
 
 
 def read_diffusers(folder):
-    """The state dict in a folder of UNet2DModel or DDPMPipeline; ValueError where it is another family's."""
+    """The state dict in a folder of UNet2DModel or DDPMPipeline; ValueError where it is another
+    family's.
+    """
     folder = Path(folder)
     if (folder / "unet").is_dir():
         folder = folder / "unet"

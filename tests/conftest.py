@@ -2,9 +2,19 @@
 
 import os
 
+import pytest
+
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # before torch is imported, and for the scripts that tests start
 )
+
+
+@pytest.fixture(autouse=True)
+def fp32_unless_asked(monkeypatch):
+    """So that the tolerances of a test do not depend on what the CPU is fast in."""
+    import runtime
+
+    monkeypatch.setattr(runtime, "fast_bf16", lambda: False)
 
 
 def pytest_collection_modifyitems(items):

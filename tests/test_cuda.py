@@ -26,12 +26,14 @@ import data
 import memorization
 import metrics
 import purify
+import rng
 import sample
 import samplers
 import train
 from classifier import Features, WideResNet
-from data import CORRUPTION_STREAM, CorruptedImages, image_noise, philox
+from data import CORRUPTION_STREAM, CorruptedImages, image_noise
 from losses import NoiseSchedule
+from rng import philox
 from unet import UNet
 
 try:
@@ -317,7 +319,7 @@ def bare_counter(seed, index, stream, blocks):
 @needs_codegen
 def test_an_int32_constant_is_seen(inductor, monkeypatch, tmp_path):
     """Planted: the counter that Triton refused, a constant above 2^31 in int32."""
-    monkeypatch.setattr(data, "philox", bare_counter)
+    monkeypatch.setattr(rng, "philox", bare_counter)
     with pytest.raises(AssertionError, match="int32"):
         compile_all(inductor(noise_code), tmp_path, [90])
 
@@ -326,7 +328,8 @@ INTERPRET = """
 import importlib, sys
 sys.path[:0] = [{folder!r}, {root!r}]
 import torch
-from data import philox
+import rng
+from rng import philox
 
 class Kernel:
     def __init__(self, name):
@@ -438,14 +441,14 @@ def test_noise_is_one_graph_for_all_streams():
 def test_a_graph_break_is_seen(monkeypatch):
     """Planted: a value of the noise is printed."""
     torch._dynamo.reset()
-    right = data.philox
+    right = rng.philox
 
     def talks(*args):
         bits = right(*args)
         torch._dynamo.graph_break()
         return bits
 
-    monkeypatch.setattr(data, "philox", talks)
+    monkeypatch.setattr(rng, "philox", talks)
     with pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(image_noise, backend="eager", fullgraph=True)(
             1, torch.arange(3), 0, (3, S, S)
@@ -510,7 +513,7 @@ def test_loader_thread_only_reads(monkeypatch, tmp_path):
 
     def streaming(*args):
         streams = CorruptedImages(*args, budget=0)
-        streams._noise = noted("noise", streams._noise)
+        streams.noise = noted("noise", streams.noise)
         streams.images = Reads(streams.images)
         return streams
 

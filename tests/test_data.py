@@ -14,9 +14,9 @@ from data import (
     Order,
     image_noise,
     load_images,
-    philox,
     synthetic_butterflies,
 )
+from rng import philox
 
 ALL_ONES = 0xFFFFFFFF
 

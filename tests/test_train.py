@@ -19,11 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import metrics
 import sample
 import train
+import training
 from data import CorruptedImages, Order, load_images
 from unet import UNet
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = "--model tiny --image-size 8 --data synthetic:64 --batch-size 8 --device cpu --sample-every 0 --log-every 1".split()
+SMALL = "--model tiny --image-size 8 --data synthetic:64 --batch-size 8 --device cpu --sample-every 0 --log-every 1"
+SMALL = [*SMALL.split(), "--amp", "fp32"]
 NOISY = "--p 0.9 --sigma 0.2".split()
 ADV = "--robust adv --reg-last 1 --reg-share 1".split()  # Eq. 10 as P1 prints it
 
@@ -176,14 +178,14 @@ def test_first_phase_is_plain_ddpm(tmp_path):
     args = [*SMALL, *NOISY, "--warmup", 2]
     assert call(train, *args, "--iters", 5, "--out", tmp_path / "none") == 0
     adv = [*args, "--robust", "adv", "--iters", 10, "--reg-last", 0.5, "--save-every", 5]
-    real, kept = train.save_checkpoint, []
+    real, kept = training.save_checkpoint, []
 
     def keep(path, ckpt):
         kept.append((ckpt["step"], {k: v.clone() for k, v in ckpt["model"].items()}))
         real(path, ckpt)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "save_checkpoint", keep)
+        patch.setattr(training, "save_checkpoint", keep)
         assert call(train, *adv, "--out", tmp_path / "adv") == 0
     step, at_change = kept[0]
     plain = weights(tmp_path / "none")[1]["model"]
@@ -203,7 +205,7 @@ def test_resume_across_memory_layouts(tmp_path):
     """Fused Adam walks over weights and moments in memory order: moments saved in another layout are laid out anew."""
     args = train.parse_args([*SMALL, "--warmup", "0", "--lr", "1e-2"])
     torch.manual_seed(0)
-    net = train.UNet(**train.PRESETS["tiny"])
+    net = training.UNet(**train.PRESETS["tiny"])
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 900])
 
     def step(run):
@@ -225,7 +227,7 @@ def test_resume_across_memory_layouts(tmp_path):
         )
         resumed.net.load_state_dict(state)
         resumed.optimizer.load_state_dict(copy.deepcopy(saved))
-        train.lay_out_moments(resumed.optimizer)
+        training.lay_out_moments(resumed.optimizer)
         ends.append(step(resumed))
     assert all(torch.equal(a, b) for a, b in zip(ends[0], expected))
     assert all(
@@ -261,11 +263,11 @@ def test_two_processes_and_accumulation_equal_one_process(tmp_path):
 
 
 def test_streamed_data_trains_the_same(checkpoint, tmp_path, monkeypatch):
-    class Streamed(train.CorruptedImages):
+    class Streamed(training.CorruptedImages):
         def __init__(self, *args):
             super().__init__(*args, budget=0)
 
-    monkeypatch.setattr(train, "CorruptedImages", Streamed)
+    monkeypatch.setattr(training, "CorruptedImages", Streamed)
     assert call(train, *SMALL, *NOISY, *ADV, "--iters", 10, "--warmup", 2, "--out", tmp_path) == 0
     assert torch.equal(weights(tmp_path)[0], weights(checkpoint)[0])
 
@@ -279,6 +281,8 @@ def test_image_i_depends_on_seed_and_i_alone(checkpoint, tmp_path):
             5,
             "--device",
             "cpu",
+            "--amp",
+            "fp32",
             "--out",
             tmp_path / name,
             "--no-png",
@@ -366,7 +370,7 @@ def test_the_average_of_the_weights_holds_no_graph(checkpoint, monkeypatch, tmp_
     """EMA tensors with a grad_fn would keep every step of the run in memory."""
     seen = []
     monkeypatch.setattr(
-        train, "generate", lambda ema, *args, **kw: seen.append(ema) or torch.zeros(64, 3, 8, 8)
+        training, "generate", lambda ema, *args, **kw: seen.append(ema) or torch.zeros(64, 3, 8, 8)
     )
     assert call(train, *SMALL, "--iters", 2, "--out", tmp_path) == 0
     assert seen and not any(p.requires_grad or p.grad_fn is not None for p in seen[0].parameters())
@@ -514,8 +518,8 @@ RIVALS = {
 @pytest.fixture
 def no_pictures(monkeypatch):
     """They take longer than the few steps of these runs."""
-    monkeypatch.setattr(train, "generate", lambda *args, **kw: torch.zeros(64, 3, 8, 8))
-    monkeypatch.setattr(train, "plot", lambda *args: None)
+    monkeypatch.setattr(training, "generate", lambda *args, **kw: torch.zeros(64, 3, 8, 8))
+    monkeypatch.setattr(training, "plot", lambda *args: None)
 
 
 @pytest.mark.parametrize("name", RIVALS)
@@ -747,7 +751,7 @@ def test_bf16_update_is_autocast(method):
 def classifiers(tmp_path_factory):
     """Untrained ones of 3 and of 10 classes."""
     from classifier import WideResNet
-    from unet import save_checkpoint
+    from runtime import save_checkpoint
 
     out = tmp_path_factory.mktemp("classifiers")
     torch.manual_seed(0)
@@ -763,7 +767,7 @@ def classifiers(tmp_path_factory):
 def test_addt_resumes_bit_for_bit_and_needs_its_classifier(
     checkpoint, classifiers, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(train, "generate", lambda *args, **kw: torch.zeros(64, 3, 8, 8))
+    monkeypatch.setattr(training, "generate", lambda *args, **kw: torch.zeros(64, 3, 8, 8))
     addt = [
         *SMALL,
         "--robust",
@@ -835,7 +839,7 @@ def test_addt_resumes_bit_for_bit_and_needs_its_classifier(
     for i in range(8):
         Image.new("RGB", (8, 8), (30 * i, 0, 0)).save(tmp_path / "flat" / f"{i}.png")
     flat = f"folder:{tmp_path}/flat"
-    train.load_images(flat, 8, root=tmp_path)  # decodes, with a bar on stderr
+    training.load_images(flat, 8, root=tmp_path)  # decodes, with a bar on stderr
     capsys.readouterr()
     assert "has no labels" in bad(
         capsys, train, *guided, "--data", flat, "--data-root", tmp_path, "--out", tmp_path / "o"

@@ -1,0 +1,169 @@
+"""Where pictures come from: torchvision's sets, folders, and butterflies drawn here.
+
+    images, labels = load_images("folder:cifar/train", image_size=16)  # (N, S, S, 3) uint8
+
+Every set is decoded once into a memory-mapped uint8 array below ROOT/cache.
+"""
+
+import hashlib
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torchvision
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from synthetic import synthetic_butterflies
+
+NAMES = "cifar10 | cifar100 | celeba | lsun-bedroom | folder:PATH | synthetic | synthetic:N"
+NATIVE_SIZE = {"cifar10": 32, "cifar100": 32, "celeba": 64, "lsun-bedroom": 64, "synthetic": 32}
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+UNREADABLE = (
+    UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError
+)  # fmt: skip
+
+
+def load_images(name, image_size=None, split="train", root="data", labels_needed=False):
+    """-> images (N, S, S, 3) uint8 (memory-mapped unless synthetic), labels (N,) int64 or None.
+
+    name: cifar10 | cifar100 | celeba | lsun-bedroom | folder:PATH | synthetic[:N]; image_size:
+    resized (antialiased bicubic, then centre crop) to S x S, default the set's own size. Raises
+    ValueError with one line for bad input.
+    """
+    if image_size is not None and image_size < 4:
+        raise ValueError(f"--image-size {image_size}: must be at least 4")
+    if re.fullmatch(r"synthetic(:\d+)?", name):
+        n = int(name.partition(":")[2] or 5_000)
+        if n < 1:
+            raise ValueError(f"--data {name}: needs at least one image")
+        return synthetic_butterflies(
+            n, image_size or NATIVE_SIZE["synthetic"], seed=0 if split == "train" else 1
+        )
+    if name.startswith("folder:"):
+        source, key = _folder(name[len("folder:") :])
+    elif name in NATIVE_SIZE:
+        source, key = _torchvision(name, split, root), f"{name}-{split}"
+        image_size = image_size or NATIVE_SIZE[name]
+    else:
+        raise ValueError(f"--data {name}: unknown data set; choose {NAMES}")
+    images, labels = _cached(source, key, image_size, Path(root) / "cache")
+    labels = None if labels is None or (labels < 0).all() else labels
+    if labels_needed and labels is None:
+        raise ValueError(f"--data {name}: has no labels (a folder needs one sub-folder per class)")
+    return images, labels
+
+
+def _folder(path):
+    if not path:
+        raise ValueError("--data folder: names no folder; write folder:PATH")
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"--data folder:{path}: no such folder")
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS)
+    if not files:
+        raise ValueError(f"--data folder:{path}: holds no images ({', '.join(sorted(EXTENSIONS))})")
+    classes = sorted({f.parent for f in files})
+    number = {c: (i if len(classes) > 1 else -1) for i, c in enumerate(classes)}
+    digest = hashlib.sha256(f"{path.resolve()}\n".encode())
+    for f in files:
+        stat = f.stat()
+        digest.update(f"{f.relative_to(path)}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+
+    class Folder:
+        def __len__(self):
+            return len(files)
+
+        def __getitem__(self, i):
+            try:
+                with Image.open(files[i]) as image:
+                    return image.convert("RGB"), number[files[i].parent]
+            except UNREADABLE as e:
+                reason = str(e).splitlines()[0]
+                raise ValueError(f"{files[i]}: not a readable image ({reason})") from None
+
+        def name(self, i):
+            return files[i]
+
+    return Folder(), f"folder-{digest.hexdigest()[:16]}"
+
+
+def no_label(target):
+    return -1
+
+
+def _torchvision(name, split, root):
+    sets = torchvision.datasets
+    try:
+        if name in ("cifar10", "cifar100"):
+            cls = sets.CIFAR10 if name == "cifar10" else sets.CIFAR100
+            return cls(root, train=split == "train", download=True)
+        if name == "celeba":
+            crop = torchvision.transforms.CenterCrop(140)  # ours: the usual crop to the face
+            own = dict(transform=crop, target_transform=no_label)
+            return sets.CelebA(root, split=split, download=True, **own)
+        part = "bedroom_train" if split == "train" else "bedroom_val"
+        return sets.LSUN(root, classes=[part], target_transform=no_label)
+    except Exception as e:  # network, quota, missing lmdb, broken archives: all end in one line
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(
+            f"--data {name}: could not be loaded or downloaded into {root}/ ({reason}); "
+            "place it there, or use --data folder:PATH or --data synthetic"
+        ) from None
+
+
+def _cached(source, key, size, cache):
+    """Decode `source` once into a memory-mapped array; memory stays bounded whatever its length."""
+    path = cache / f"{key}-{size or 'native'}.npy"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        tmp = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            labels = _decode(source, key, size, tmp)
+            np.save(tmp.with_suffix(".labels.npy"), labels)
+            os.replace(tmp.with_suffix(".labels.npy"), path.with_suffix(".labels.npy"))
+            os.replace(tmp, path)
+        finally:
+            if tmp.exists():
+                tmp.unlink()
+    return np.load(path, mmap_mode="r"), np.load(path.with_suffix(".labels.npy"))
+
+
+def _decode(source, key, size, path):
+    """The images of `source` as an .npy file at path -> labels (N,)."""
+    n = len(source)
+    side = size or source[0][0].width
+    shape = (n, side, side, 3)
+    images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    with open(path, "r+b") as f:  # a full disk is an error here, but a crash at a page of the map
+        os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
+    labels = np.empty(n, dtype=np.int64)
+
+    def decode(i):
+        image, labels[i] = source[i]
+        if image.size != (side, side):
+            if size is None:
+                what = source.name(i) if hasattr(source, "name") else f"image {i}"
+                raise ValueError(
+                    f"{what}: is {image.width}x{image.height}, not {side}x{side}; give --image-size"
+                )
+            image = _fit(image, side)
+        images[i] = np.asarray(image)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for first in tqdm(range(0, n, 1024), desc=f"decode {key}", unit="kimg", leave=False):
+            list(pool.map(decode, range(first, min(first + 1024, n))))
+    images.flush()
+    return labels
+
+
+def _fit(image, side):
+    """Shorter side to `side` (antialiased bicubic), then centre crop."""
+    scale = side / min(image.size)
+    image = image.resize(
+        [max(side, round(scale * s)) for s in image.size], Image.Resampling.BICUBIC
+    )
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))

@@ -1,0 +1,407 @@
+"""What train.py needs and does not explain: batches, checks, checkpoints, diagnostics, the record."""
+
+import copy
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib
+import torch
+import torch.distributed as dist
+
+import metrics
+import runtime
+from classifier import load_classifier
+from data import CORRUPTIONS, CorruptedImages, Order, load_images, seed_at
+from runtime import flag, layout, load_checkpoint, precision, read_log, save_checkpoint
+from sample import generate, save_grid
+from unet import PRESETS, UNet
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+# --------------------------------------------------------------------------------------------------
+# batches
+
+
+class Batches:
+    """batches(step) -> the batch of a step in the --accum parts of this process, dicts by name.
+
+    Part i of n holds the rows i, i + n, i + 2 n, ..: the first rows of all parts together are the
+    first rows of the batch, those that --reg-share regularises. draw_numbers: see train.py.
+    """
+
+    def __init__(self, args, run, draw_numbers, T):
+        self.args = args
+        self.data = run.data
+        self.sigma_y = run.sigma_y
+        self.draw_numbers = draw_numbers
+        self.T = T
+        self.device = device = run.device
+        where = "cpu" if run.data.streams else device
+        self.kept = torch.arange(len(run.data), device=where)
+        if args.drop_noisy:
+            self.kept = self.kept[run.sigma_y.to(where) == 0]
+        self.order = Order(len(self.kept), args.seed, where)
+        parts = run.world * args.accum
+        mine = range(run.rank * args.accum, (run.rank + 1) * args.accum)
+        self.rows = [slice(i, args.batch_size, parts) for i in mine]
+        self.generator = torch.Generator(device)
+        on_device = torch.cuda.set_device if device.type == "cuda" else torch.device
+        self.pool = ThreadPoolExecutor(1, initializer=on_device, initargs=(device,))
+        self.ahead = None
+
+    def __call__(self, step):
+        if not self.data.streams:
+            return self.draw(step, self.read(step))
+        loaded = (self.ahead or self.pool.submit(self.read, step)).result()
+        self.ahead = self.pool.submit(self.read, step + 1)  # reads from disk meanwhile, no more:
+        return self.draw(step, loaded)  # what may be compiled runs in this thread alone
+
+    def read(self, step):
+        """[(image numbers, pixels)] of the parts."""
+        index = self.kept[self.order(step * self.args.batch_size, self.args.batch_size)]
+        return [(index[rows], self.data.read(index[rows])) for rows in self.rows]
+
+    def draw(self, step, loaded):
+        """The parts of the batch: the images with their corruption, and the random numbers."""
+        args = self.args
+        B = args.batch_size
+        size = self.data.shape[1]
+        numbers = self.draw_numbers(self.generator, args.seed, step, self.T, B, size)
+        flip = numbers.pop("flip")
+        batches = []
+        for rows, (index, pixels) in zip(self.rows, loaded):
+            batch = {name: value[rows] for name, value in numbers.items()}
+            batch["x0"] = self.data.batch(index, flip[rows] if args.flip else None, pixels)
+            if args.dropout > 0:  # one mask per row and step, whatever the division
+                keys = torch.arange(rows.start, B, rows.step, device=self.device)
+                batch["keys"] = keys + seed_at(args.seed, step, stream=4)
+            index = index.to(self.device, non_blocking=True)
+            if args.classifier:
+                batch["y"] = self.data.labels[index]
+            if args.robust == "ambient":
+                batch["sigma_y"] = self.sigma_y[index]
+            batches.append(batch)
+        return batches
+
+    def close(self):
+        self.pool.shutdown(cancel_futures=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# the network and the data
+
+
+def build(args):
+    """The network: fresh, or of --init."""
+    config = dict(PRESETS[args.model])
+    if args.dropout is not None:
+        config["dropout"] = args.dropout
+    torch.manual_seed(args.seed)
+    net = UNet(**config)
+    args.dropout = net.config["dropout"]
+    if args.init:
+        folder = os.path.isdir(args.init)
+        source = UNet.from_diffusers(args.init) if folder else UNet.load(args.init)
+        for name, value in net.config.items():
+            if source.config[name] != value and name != "dropout":
+                raise ValueError(
+                    f"--init {args.init}: has {name} {source.config[name]}, but "
+                    f"--model {args.model} {value}; choose the --model of its training"
+                )
+        net.load_state_dict(source.state_dict())
+    return net
+
+
+def load_data(args, net, classifier, device, world):
+    """The training images, with their corruption; refuses what does not fit the network."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if world > 1 and local > 0:
+        dist.barrier()  # one process of each machine decodes the images first
+    images, labels = load_images(
+        args.data, args.image_size, root=args.data_root, labels_needed=classifier is not None
+    )
+    if world > 1 and local == 0:
+        dist.barrier()
+    data = CorruptedImages(images, labels, args.p, args.sigma, args.seed, device, args.corrupt)
+    if classifier:
+        most = int(data.labels.max())
+        classes = classifier.config["classes"]
+        if most >= classes:
+            raise ValueError(
+                f"--classifier {args.classifier}: knows {classes} classes, but "
+                f"--data {args.data} has label {most}"
+            )
+    if args.batch_size > len(data):
+        raise ValueError(
+            f"--batch-size {args.batch_size}: larger than --data {args.data} with its "
+            f"{len(data)} images"
+        )
+    if data.shape[1] % net.factor:
+        raise ValueError(
+            f"--image-size {data.shape[1]}: --model {args.model} needs a multiple of {net.factor}"
+        )
+    return data
+
+
+def prepare_run(args, ckpt, device, rank, world):
+    """What stays the same in a run: device, rank, world, out, net, classifier, data, sigma_y."""
+    out = Path(args.out)
+    if (out / "ckpt.pt").exists() and not (args.resume or args.overwrite):
+        raise ValueError(
+            f"--out {out}: holds a checkpoint; --resume continues it, --overwrite starts again"
+        )
+    net = build(args)
+    classifier = load_classifier(args.classifier, device, args.compile) if args.classifier else None
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".write-test").write_text("")  # fails here rather than at the first checkpoint
+        (out / ".write-test").unlink()
+    data = load_data(args, net, classifier, device, world)
+    sigma_y = judge(args, data, ckpt, device, world)
+    net = net.to(device, memory_format=layout(device, args.amp)).train()
+    if rank == 0 and args.overwrite:  # so that a later --resume cannot continue the old network
+        (out / "ckpt.pt").unlink(missing_ok=True)
+    return SimpleNamespace(
+        device=device, rank=rank, world=world, out=out, net=net, classifier=classifier, data=data,
+        sigma_y=sigma_y,
+    )  # fmt: skip
+
+
+def judge(args, data, ckpt, device, world):
+    """The noise of each image for ambient and --drop-noisy, (N,), 0 where judged clean; or None."""
+    if not (args.robust == "ambient" or args.drop_noisy):
+        return None
+    if ckpt:  # as it was: a rounding that moves one image would change the order of all
+        sigma_y = ckpt["sigma_y"].to(device)
+    else:
+        sigma_y = args.sigma_scale * metrics.estimate_noise(data, args.noisy_above)
+    if world > 1:
+        dist.broadcast(sigma_y, 0)
+    clean = int((sigma_y == 0).sum())
+    if args.drop_noisy and args.batch_size > clean:
+        raise ValueError(
+            f"--drop-noisy: judges {clean} of {len(data)} images clean, fewer than "
+            f"--batch-size {args.batch_size}; a higher --noisy-above keeps more"
+        )
+    return sigma_y
+
+
+# --------------------------------------------------------------------------------------------------
+# refusals
+
+
+def check(args, world, objectives):
+    """Refuse what cannot work before any work is done."""
+    level = f"--sigma {args.sigma}"
+    replaced = CORRUPTIONS[args.corrupt][1] is None  # a corruption without a level
+    if replaced and "sigma" in args.given:
+        raise ValueError(f"{level}: has no effect with --corrupt {args.corrupt}")
+    if args.corrupt == "class" and args.data.partition(":")[0] == "synthetic":
+        raise ValueError(f"--corrupt class: --data {args.data} holds butterflies already")
+    if not args.resume:
+        if "corrupt" in args.given and "p" not in args.given:
+            raise ValueError(f"--corrupt {args.corrupt}: corrupts nothing without --p")
+        alone = args.p > 0 and "sigma" not in args.given or args.sigma > 0 and "p" not in args.given
+        if alone and not replaced:
+            raise ValueError(f"--p {args.p} {level}: corruption takes both, a share and a level")
+    check_objective(args, objectives)
+    if args.batch_size % (world * args.accum):
+        raise ValueError(
+            f"--batch-size {args.batch_size}: must divide by {world} processes "
+            f"x --accum {args.accum}"
+        )
+    if args.resume and (args.init or args.overwrite):
+        raise ValueError(f"--resume with --{'init' if args.init else 'overwrite'}: choose one")
+
+
+def check_objective(args, objectives):
+    """Refuse flags that --robust does not read, and what ADDT and --drop-noisy cannot do."""
+    mine = objectives[args.robust][1] + ["noisy_above"] * args.drop_noisy
+    for name in sorted(args.given):
+        users = [method for method, (_, flags, _) in objectives.items() if name in flags]
+        if users and name not in mine:
+            raise ValueError(
+                f"{flag(name)}: has no effect with --robust {args.robust}, only with "
+                f"{', '.join(users)}"
+            )
+    if args.drop_noisy and args.robust == "ambient":
+        raise ValueError("--drop-noisy: leaves --robust ambient nothing to do; choose one of them")
+    if args.robust == "addt":
+        if not (args.init or args.resume):
+            raise ValueError("--robust addt: fine-tunes a trained model; give --init PATH")
+        if args.addt_guide == "classifier" and not args.classifier:
+            raise ValueError(
+                "--addt-guide classifier: needs --classifier PATH, a checkpoint of "
+                "classifier.py; or choose mse or none"
+            )
+        if args.addt_guide != "classifier" and args.classifier:
+            raise ValueError(f"--addt-guide {args.addt_guide}: takes no --classifier")
+
+
+# --------------------------------------------------------------------------------------------------
+# checkpoints
+
+# what --resume may change; every other flag makes the run the run it is
+FREE = """out resume overwrite init iters accum device compile save_every sample_every log_every
+          data_root""".split()
+
+
+def resume(args, path, change):
+    """The checkpoint to continue from; its settings replace the defaults, a flag that contradicts
+    them is refused. change: see train.py."""
+    ckpt = load_checkpoint(path)
+    if ckpt.get("kind") != "unet" or "optimizer" not in ckpt:
+        raise ValueError(f"{path}: not a checkpoint of train.py that can be resumed")
+    if "reg_last" not in ckpt["args"]:  # written before there was a second phase
+        ckpt["args"] |= dict(reg_last=1.0, reg_share=1.0, reg_lr=1.0)
+    if ckpt["args"].get("amp") == "auto" and not torch.cuda.is_available():
+        ckpt["args"]["amp"] = "fp32"  # what auto meant on a CPU before it was stored by name
+    for name, value in ckpt["args"].items():
+        if name not in args.given:
+            setattr(args, name, value)
+        elif name not in FREE and getattr(args, name) != value:
+            raise ValueError(
+                f"{flag(name)} {getattr(args, name)}: the checkpoint {path} was trained with "
+                f"{value}; drop the flag or start in another --out"
+            )
+    before = change(SimpleNamespace(**ckpt["args"]))
+    if change(args) != before and ckpt["step"] > min(before, change(args)):
+        raise ValueError(
+            f"--iters {args.iters}: the regulariser of {path} began at step {before} of "
+            f"{ckpt['args']['iters']}, which step {ckpt['step']} has passed; start another --out "
+            f"with --init {path}"
+        )
+    return ckpt
+
+
+def restore(state, ckpt):
+    """Put a checkpoint into the state -> its step."""
+    state.net.load_state_dict(ckpt["model"])
+    state.ema.load_state_dict(ckpt["ema"])
+    state.optimizer.load_state_dict(ckpt["optimizer"])
+    lay_out_moments(state.optimizer)
+    if ckpt["scaler"]:  # it is empty unless that was fp16
+        state.scaler.load_state_dict(ckpt["scaler"])
+    return ckpt["step"]
+
+
+def lay_out_moments(optimizer):
+    """Adam's moments in the memory layout of their weights, which load_state_dict does not mind.
+
+    Fused Adam walks over both in memory order, and a checkpoint may come from a device that prefers
+    another layout.
+    """
+    for p, moments in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name] = torch.empty_like(p).copy_(moments[name])
+
+
+def save(path, step, state, args, run):
+    """Write the checkpoint, on process 0."""
+    left_out = ("given", "out", "device", "resume", "overwrite", "init")
+    settings = {name: value for name, value in vars(args).items() if name not in left_out}
+    if run.rank == 0:
+        ckpt = dict(
+            kind="unet",
+            config=state.net.config,
+            image_size=run.data.shape[1],
+            step=step,
+            model=state.net.state_dict(),
+            ema=state.ema.state_dict(),
+            optimizer=state.optimizer.state_dict(),
+            scaler=state.scaler.state_dict(),
+            sigma_y=None if run.sigma_y is None else run.sigma_y.cpu(),
+            args=settings,
+        )
+        save_checkpoint(path, ckpt)
+
+
+def advice(path):
+    last = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+    return f"{last}. Try a lower --lr, or --amp bf16 or fp32"
+
+
+def grid(step, state, args, run):
+    """64 images of the averaged weights by 50-step DDIM, on process 0."""
+    if run.rank > 0:
+        return
+    net = copy.deepcopy(state.ema).cast(precision(run.device, args.amp))
+    with state.cast:
+        x0 = generate(
+            net, state.schedule, range(64), run.data.shape, args.seed, run.device, "ddim", steps=50
+        )
+    save_grid(x0, run.out / f"grid{step:07d}.png")
+    (run.out / "grid.png").write_bytes((run.out / f"grid{step:07d}.png").read_bytes())
+
+
+# --------------------------------------------------------------------------------------------------
+# what a run says and leaves
+
+
+def describe(args, run, first, change):
+    """What will be trained, in a few lines. change: the step at which the regulariser sets in."""
+    size = sum(p.numel() for p in run.net.parameters()) / 1e6
+    level = f" {args.sigma}" if args.sigma > 0 else ""
+    S = run.data.shape[1]
+    print(
+        f"{args.robust}: {size:.1f} M parameters, {len(run.data)} images {S}x{S} of {args.data}, "
+        f"{int(run.data.corrupted.sum())} with {args.corrupt}{level}, {run.device} x {run.world}, "
+        f"steps {first}..{args.iters} -> {args.out}"
+    )
+    if 0 < change < args.iters:
+        print(
+            f"plain DDPM up to step {change}, then the regulariser (--reg-last {args.reg_last}) "
+            f"on {args.reg_share:.0%} of the rows"
+        )
+    if run.sigma_y is not None:
+        noisy = int((run.sigma_y > 0).sum())
+        mean = float(run.sigma_y.sum() / max(1, noisy))
+        what = "and left out" if args.drop_noisy else f"with sigma_y {mean:.3f} on average"
+        print(f"{noisy} images are judged noisy, {what}")
+    if run.device.type == "cpu" and args.model.startswith("ddpm"):
+        print("note: this network takes days on a CPU; --model mini --image-size 16 takes minutes")
+
+
+def finish(args, run, step, started):
+    """OUT/loss.png and metrics.json."""
+    lines = read_log(run.out / "metrics.jsonl")
+    if lines:
+        plot(lines, run.out / "loss.png", args)
+        settings = {name: value for name, value in vars(args).items() if name != "given"}
+        numbers = dict(world=run.world, args=settings, **lines[-1])
+        if run.sigma_y is not None:
+            numbers["judged_noisy"] = int((run.sigma_y > 0).sum())
+        n = len(run.data)
+        runtime.write_metrics(run.out, started, seed=args.seed, device=run.device, n=n, **numbers)
+    print(f"step {step}: {run.out}/ckpt.pt, {run.out}/grid.png, {run.out}/loss.png")
+
+
+def plot(lines, path, args):
+    labels = dict(
+        L_DM="$L_{DM}$ (Eq. 4)",
+        L_reg="$L_{reg}$ (Eq. 10, with $\\lambda_t$)",
+        L_ambient="$L_{ambient}$",
+        L_Huber="$L_{Huber}$",
+        L_ADDT="$L_{ADDT}$ (P2 Eq. 8)",
+        grad_norm="gradient norm",
+    )
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, label in labels.items():
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            ax.plot(*zip(*points), label=label, lw=1.2)
+    level = f"σ = {args.sigma}" if args.corrupt == "gauss" else f"{args.corrupt} {args.sigma}"
+    ax.set(
+        xlabel="step",
+        ylabel="mean since the last log line",
+        yscale="log",
+        title=f"{args.model}, --robust {args.robust}, {args.data.split('/')[-1]}, "
+        f"p = {args.p}, {level}",
+    )
+    ax.legend()
+    ax.grid(alpha=0.3)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
