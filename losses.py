@@ -218,8 +218,8 @@ def huber_loss(model, schedule, x0, t, eps, c=0.1):
     """
     c_t = like(c ** (t.double() / schedule.T), x0)
     r = model(schedule.q_sample(x0, t, eps), t).to(x0.dtype) - eps
-    # the same, exact for small r
-    return 2 * r.square() / (1 + (1 + (r / c_t).square()).sqrt()).mean()
+    loss = 2 * r.square() / (1 + (1 + (r / c_t).square()).sqrt())  # the same, exact for small r
+    return loss.mean()
 
 
 def regulariser_weight(schedule, t, beta=1.0, lam=0.3, omega=2.0, gamma=8 / 255, ray_units="pixel"):

@@ -316,7 +316,8 @@ def main():
     if rank == 0:
         training.describe(args, run, first, change(args))
     step = first
-    bar = tqdm(desc=f"train {args.robust}", initial=first, total=args.iters, disable=rank > 0)
+    title = f"train {args.robust}"
+    bar = tqdm(desc=title, initial=first, total=args.iters, unit="step", disable=rank > 0)
     with bar:
         while step < args.iters and not interrupt.asked(step):
             if args.robust == "addt":  # it draws as it goes
