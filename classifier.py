@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import runtime
 from data import NAMES, CorruptedImages, Order, load_images, seed_at
-from runtime import autocast, load_checkpoint, precision, save_checkpoint, setup
+from runtime import autocast, between, load_checkpoint, precision, save_checkpoint, setup
 
 PRESETS = {"wrn-28-10": dict(depth=28, width=10), "small": dict(depth=10, width=2)}
 
@@ -134,63 +134,50 @@ def accuracy(net, data, batch_size, cast):
     return right.item() / len(data)
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    positive = between(0, above=True)
     add("--data", default="synthetic", metavar="NAME", help=NAMES)
     add("--test", metavar="NAME", help="default: the test split of --data; needed for folder:PATH")
     add("--data-root", default="data")
     add("--image-size", type=int, metavar="S")
-    add(
-        "--model",
-        choices=PRESETS,
-        default="wrn-28-10",
-        help="wrn-28-10: 36.5 M parameters; small: 0.3 M, for a CPU",
-    )
-    add("--epochs", type=float, default=100)
-    add("--batch-size", type=int, default=128)
-    add("--lr", type=float, default=0.1, help="peak of the one-cycle schedule")
-    add("--seed", type=int, default=0)
+    add("--model", choices=PRESETS, default="wrn-28-10", help="36.5 M parameters; small: 0.3 M")
+    add("--epochs", type=positive, default=100)
+    add("--batch-size", type=between(2, kind=int), default=128)
+    add("--lr", type=positive, default=0.1, help="peak of the one-cycle schedule")
+    add("--seed", type=between(0, kind=int), default=0)
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
     add("--out", default="out_classifier")
-    args = parser.parse_args()
-    started = time.time()
-    if args.epochs <= 0 or args.batch_size < 2 or args.lr <= 0:
-        raise ValueError(
-            f"--epochs {args.epochs} --batch-size {args.batch_size} --lr {args.lr}: need > 0, >= 2 and > 0"
-        )
+    return parser.parse_args()
+
+
+def load_sets(args, device):
+    """The training and the test images, as CorruptedImages without corruption."""
     if args.data.startswith("folder:") and not args.test:
         raise ValueError("--data folder:PATH: give --test folder:PATH as well")
-    device, _, _ = setup(args.device)
+    sets = []
+    for name, split in ((args.data, "train"), (args.test or args.data, "test")):
+        found = load_images(name, args.image_size, split, args.data_root, labels_needed=True)
+        sets.append(CorruptedImages(*found, device=device))
+    train_set, test_set = sets
+    if train_set.shape != test_set.shape:
+        raise ValueError(f"--test: images of {test_set.shape}, --data of {train_set.shape}")
+    if args.batch_size > len(train_set):
+        raise ValueError(f"--batch-size {args.batch_size}: --data holds {len(train_set)} images")
+    return train_set, test_set
+
+
+def fit(net, train_set, args, device):
+    """SGD with Nesterov momentum on mirrored, shifted images; one-cycle rate -> number of steps."""
     cast = autocast(device, args.amp)
     scaler = torch.amp.GradScaler(device.type, enabled=precision(device, args.amp) == torch.float16)
-    train_set, test_set = (
-        CorruptedImages(
-            *load_images(name, args.image_size, split, args.data_root, labels_needed=True),
-            device=device,
-        )
-        for name, split in ((args.data, "train"), (args.test or args.data, "test"))
-    )
-    if train_set.shape != test_set.shape or args.batch_size > len(train_set):
-        raise ValueError(
-            f"--test: images of {test_set.shape}, --data of {train_set.shape}; --batch-size {args.batch_size} of "
-            f"{len(train_set)} images"
-        )
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-
-    torch.manual_seed(args.seed)
-    net = WideResNet(**PRESETS[args.model], classes=int(train_set.labels.max()) + 1)
-    net = net.to(device, memory_format=torch.channels_last)
-    model = (
-        torch.compile(net)
-        if args.compile or (args.compile is None and device.type == "cuda")
-        else net
-    )
+    compiled = device.type == "cuda" if args.compile is None else args.compile
+    model = torch.compile(net) if compiled else net
     steps = max(1, int(args.epochs * len(train_set) / args.batch_size))
     optimizer = torch.optim.SGD(
         net.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
@@ -198,7 +185,8 @@ def main():
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, total_steps=steps + 1, pct_start=0.2
     )
-    order, generator = Order(len(train_set), args.seed, device), torch.Generator(device)
+    order = Order(len(train_set), args.seed, device)
+    generator = torch.Generator(device)
     for step in tqdm(range(steps), desc=f"train {args.model}", unit="step"):
         generator.manual_seed(seed_at(args.seed, step, stream=6))
         index = order(step * args.batch_size, args.batch_size)
@@ -211,28 +199,31 @@ def main():
         scaler.step(optimizer)
         scaler.update()
         schedule.step()
-    score = accuracy(net.eval(), test_set, args.batch_size, cast)
-    save_checkpoint(
-        out / "classifier.pt",
-        dict(
-            kind="classifier",
-            config=net.config,
-            model=net.state_dict(),
-            image_size=train_set.shape[1],
-            accuracy=score,
-        ),
-    )
+    return steps
+
+
+def main():
+    args = parse_args()
+    started = time.time()
+    device, _, _ = setup(args.device)
+    train_set, test_set = load_sets(args, device)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(args.seed)
+    net = WideResNet(**PRESETS[args.model], classes=int(train_set.labels.max()) + 1)
+    net = net.to(device, memory_format=torch.channels_last)
+    steps = fit(net, train_set, args, device)
+    score = accuracy(net.eval(), test_set, args.batch_size, autocast(device, args.amp))
+    if not all(p.isfinite().all() for p in net.parameters()):
+        raise ValueError(f"--lr {args.lr}: training diverged; nothing was saved, try a lower one")
+    ckpt = dict(kind="classifier", config=net.config, model=net.state_dict())
+    ckpt |= dict(image_size=train_set.shape[1], accuracy=score)
+    save_checkpoint(out / "classifier.pt", ckpt)
     runtime.write_metrics(
-        out,
-        started,
-        seed=args.seed,
-        device=device,
-        n=len(test_set),
-        test_accuracy=score,
-        steps=steps,
-        model=args.model,
-        data=args.data,
-    )
+        out, started, seed=args.seed, device=device, n=len(test_set), test_accuracy=score,
+        steps=steps, model=args.model, data=args.data,
+    )  # fmt: skip
     print(f"test accuracy {score:.2%} of {len(test_set)} images -> {out}/classifier.pt")
 
 

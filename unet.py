@@ -150,13 +150,16 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """eps_theta: x (B, C, H, W), t (B,) in 0..T-1 -> the predicted unit noise, x's shape and dtype.
 
-    channels: width of each resolution, halving from one to the next, so H and W must divide by
-    `factor`, patch 2^(len(channels) - 1); attention: per resolution; blocks: residual blocks per
-    resolution; patch: the network sees patch x patch pixels as channels (ours, for CPUs: wants
-    channels[0] well above 2 in_channels patch^2). mask_keys: (B,) int64 or None. The forwards of
+    channels   width of each resolution, halving from one to the next, so that H and W must divide
+               by `factor`, patch 2^(len(channels) - 1)
+    attention  per resolution
+    blocks     residual blocks per resolution
+    patch      the network sees patch x patch pixels as channels (ours, for CPUs: wants channels[0]
+               well above 2 in_channels patch^2)
+
+    `config` rebuilds the network: UNet(**net.config). mask_keys: (B,) int64 or None. The forwards of
     Robust_adv compare outputs: with a dropout mask each, the attack and the regulariser would hold
     the masks' noise, so that train.py gives the rows of a batch one mask for a whole step (ours).
-    `config` rebuilds the network: UNet(**net.config).
     """
 
     def __init__(
@@ -201,15 +204,10 @@ class UNet(nn.Module):
             for _ in range(blocks + 1):  # each block takes one stored activation of the way down
                 widths.append((c + skips.pop(), width))
                 c = width
-            self.up.append(
-                Level(
-                    widths, c_emb, attention[i], groups, dropout, conv3x3(c, c) if i > 0 else None
-                )
-            )
+            resample = conv3x3(c, c) if i > 0 else None
+            self.up.append(Level(widths, c_emb, attention[i], groups, dropout, resample))
 
-        self.mask_keys = (
-            None  # (B,) int64: one dropout mask for all forwards of a step, see Dropout
-        )
+        self.mask_keys = None  # one dropout mask for all forwards of a step, see Dropout
         for i, block in enumerate(m for m in self.modules() if isinstance(m, Dropout)):
             block.number = i
 
@@ -241,9 +239,8 @@ class UNet(nn.Module):
         """
         for m in self.modules():
             if isinstance(m, (nn.Conv2d, nn.Linear)):
-                m.weight, m.bias = (
-                    nn.Parameter(p.detach().to(dtype), p.requires_grad) for p in (m.weight, m.bias)
-                )
+                m.weight = nn.Parameter(m.weight.detach().to(dtype), m.weight.requires_grad)
+                m.bias = nn.Parameter(m.bias.detach().to(dtype), m.bias.requires_grad)
         return self
 
     def shifts(self, emb):

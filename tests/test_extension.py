@@ -3,11 +3,11 @@
 import json
 
 import torch
+from cli import call
 
 import sample
 import samplers
 import train
-from cli import call
 from data import CORRUPTIONS
 
 SMALL = "--model tiny --image-size 8 --data synthetic:16 --batch-size 8 --device cpu --amp fp32"
