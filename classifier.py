@@ -13,13 +13,13 @@ and metrics.json with the test accuracy.
 
 import argparse
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+import outputs
 import runtime
 from data import NAMES, CorruptedImages, Order, load_images, seed_at
 from runtime import autocast, between, load_checkpoint, precision, save_checkpoint, setup
@@ -206,9 +206,8 @@ def main():
     args = parse_args()
     started = time.time()
     device, _, _ = setup(args.device)
+    out = outputs.claim(args.out)
     train_set, test_set = load_sets(args, device)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(args.seed)
     net = WideResNet(**PRESETS[args.model], classes=int(train_set.labels.max()) + 1)

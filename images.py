@@ -8,12 +8,13 @@ Every set is decoded once into a memory-mapped uint8 array below ROOT/cache.
 import hashlib
 import os
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torchvision
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from synthetic import synthetic_butterflies
@@ -56,18 +57,42 @@ def load_images(name, image_size=None, split="train", root="data", labels_needed
     return images, labels
 
 
+def to_rgb(image):
+    """A Pillow image upright, of 8 bits and without alpha: what was transparent becomes white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image, dtype=np.float64)
+        top = 1.0 if image.mode == "F" and values.max() <= 1 else 255.0
+        if image.mode != "F":
+            top = 65535.0
+        if not (values.min() >= 0 and values.max() <= top):
+            raise ValueError(f"values {values.min():g}..{values.max():g}, need 0..{top:g}")
+        image = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
 def _folder(path):
     if not path:
         raise ValueError("--data folder: names no folder; write folder:PATH")
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"--data folder:{path}: no such folder")
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS)
+    found = sorted(f for f in path.rglob("*") if f.is_file())
+    files = [f for f in found if f.suffix.lower() in EXTENSIONS]
     if not files:
         raise ValueError(f"--data folder:{path}: holds no images ({', '.join(sorted(EXTENSIONS))})")
+    if len(files) < len(found):
+        others = ", ".join(sorted({f.suffix for f in found} - EXTENSIONS))
+        print(
+            f"--data folder:{path}: {len(found) - len(files)} other files are left out ({others})"
+        )
     classes = sorted({f.parent for f in files})
     number = {c: (i if len(classes) > 1 else -1) for i, c in enumerate(classes)}
-    digest = hashlib.sha256(f"{path.resolve()}\n".encode())
+    digest = hashlib.sha256(f"2 {path.resolve()}\n".encode())  # 2: of `to_rgb`
     for f in files:
         stat = f.stat()
         digest.update(f"{f.relative_to(path)}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
@@ -79,7 +104,7 @@ def _folder(path):
         def __getitem__(self, i):
             try:
                 with Image.open(files[i]) as image:
-                    return image.convert("RGB"), number[files[i].parent]
+                    return to_rgb(image), number[files[i].parent]
             except UNREADABLE as e:
                 reason = str(e).splitlines()[0]
                 raise ValueError(f"{files[i]}: not a readable image ({reason})") from None
@@ -117,18 +142,39 @@ def _torchvision(name, split, root):
 def _cached(source, key, size, cache):
     """Decode `source` once into a memory-mapped array; memory stays bounded whatever its length."""
     path = cache / f"{key}-{size or 'native'}.npy"
-    if not path.exists():
+    found = _read(path, len(source), size)
+    if found is None:
         cache.mkdir(parents=True, exist_ok=True)
+        for left in cache.glob(f"{path.stem}.*.tmp"):  # of decodings that were killed
+            if time.time() - left.stat().st_mtime > 86400:
+                left.unlink()
         tmp = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             labels = _decode(source, key, size, tmp)
-            np.save(tmp.with_suffix(".labels.npy"), labels)
-            os.replace(tmp.with_suffix(".labels.npy"), path.with_suffix(".labels.npy"))
+            np.save(path.with_suffix(".labels.npy"), labels)
             os.replace(tmp, path)
         finally:
-            if tmp.exists():
-                tmp.unlink()
-    return np.load(path, mmap_mode="r"), np.load(path.with_suffix(".labels.npy"))
+            tmp.unlink(missing_ok=True)
+        found = _read(path, len(source), size)
+    return found
+
+
+def _read(path, n, size):
+    """(images, labels) of a cache; None where there is none, or a damaged one, which is removed."""
+    if not path.exists():
+        return None
+    try:
+        images = np.load(path, mmap_mode="r")
+        labels = np.load(path.with_suffix(".labels.npy"))
+        side = size or images.shape[1]
+        good = images.shape == (n, side, side, 3) and images.dtype == np.uint8
+        if good and labels.shape == (n,) and labels.dtype == np.int64:
+            return images, labels
+    except (ValueError, OSError, EOFError, IndexError):  # truncated, empty, no array
+        pass
+    print(f"{path}: damaged, decoded anew")
+    path.unlink()
+    return None
 
 
 def _decode(source, key, size, path):

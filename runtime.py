@@ -5,6 +5,7 @@ checkpoints, records.
 import argparse
 import contextlib
 import datetime
+import errno
 import json
 import math
 import os
@@ -21,6 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+
+import outputs
 
 # --------------------------------------------------------------------------------------------------
 # figures: one colour (Okabe and Ito's) and one label for each method, everywhere
@@ -151,19 +154,38 @@ def memory(device):
 
 
 def cli(main):
-    """Run main(): bad input (ValueError, OSError, flags) ends in one line on stderr, exit code 2.
+    """Run main() -> exit codes: 2 for bad input, 1 for failed work, 128 + n for signal n.
 
-    TRACEBACK=1 in the environment shows where it came from.
+    Each ends in one line on stderr; TRACEBACK=1 in the environment shows where it came from.
     """
     argparse.ArgumentParser.error = refuse
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        if os.environ.get("TRACEBACK"):
-            raise
-        lines = str(e).splitlines() or [type(e).__name__]
-        print(f"{os.path.basename(sys.argv[0])}: {lines[0]}", file=sys.stderr)
-        sys.exit(2)
+    with outputs.unread_streams():
+        try:
+            main()
+        except (Exception, KeyboardInterrupt) as e:
+            if os.environ.get("TRACEBACK"):
+                raise
+            print(f"{os.path.basename(sys.argv[0])}: {one_line(e)}", file=sys.stderr)
+            sys.exit(exit_code(e))
+        finally:
+            outputs.release()
+
+
+def exit_code(e):
+    if isinstance(e, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        return 1
+    return 2 if isinstance(e, (ValueError, OSError)) else 1
+
+
+def one_line(e):
+    if isinstance(e, KeyboardInterrupt):
+        return "interrupted"
+    first = (str(e).splitlines() or [""])[0]
+    if isinstance(e, (ValueError, OSError, outputs.Failed)):
+        return first or type(e).__name__
+    return f"failed ({type(e).__name__}: {first}); TRACEBACK=1 shows where"
 
 
 def refuse(parser, message):
@@ -203,12 +225,12 @@ def given_flags(parser, argv=None):
 
 
 class Interrupt:
-    """`asked(step)` after SIGTERM or Ctrl-C; a second Ctrl-C ends the program at once."""
+    """`asked(step)` after SIGTERM, SIGHUP or Ctrl-C; a second Ctrl-C ends the program at once."""
 
     def __init__(self, world=1):
         self.world = world
         self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number, frame):
@@ -316,7 +338,7 @@ def save_checkpoint(path, ckpt):
         if os.path.exists(tmp):
             os.remove(tmp)
         reason = str(e).splitlines()[0]
-        raise OSError(
+        raise outputs.Failed(
             f"{path}: could not save the checkpoint ({reason}); the previous one is intact"
         ) from None
 

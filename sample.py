@@ -22,6 +22,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import metrics
+import outputs
 import runtime
 from classifier import load_features
 from data import image_noise, load_images, to_float
@@ -290,7 +291,8 @@ def sample_and_score(runs, args):
     for path, _, _ in runs.values():
         if path not in models:
             models[path] = load_model(path, args, device)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        outputs.claim(args.out)
     scorer = prepare_scorer(models, args) if rank == 0 else None
     results = {}
     for out, (path, _, _) in runs.items():

@@ -17,6 +17,8 @@ uninterrupted one and, but for ADDT, 2 processes equal one.
 
 import argparse
 import copy
+import signal
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,18 +32,7 @@ import runtime
 import training
 from data import CORRUPTIONS, NAMES, seed_at
 from losses import NoiseSchedule, addt_loss, ambient_loss, ddpm_loss, huber_loss, robust_loss
-from runtime import (
-    Interrupt,
-    Log,
-    amp_name,
-    autocast,
-    average,
-    between,
-    given_flags,
-    move_gradients,
-    precision,
-    setup,
-)
+from runtime import between, given_flags, precision, setup
 from training import Batches
 from unet import PRESETS
 
@@ -246,7 +237,7 @@ def prepare(net, args, device, world=1, backend=None):
         ema=copy.deepcopy(net).eval().requires_grad_(False),
         optimizer=optimizer(params, lr=args.lr, fused=True),
         schedule=NoiseSchedule().to(device),
-        cast=autocast(device, args.amp),
+        cast=runtime.autocast(device, args.amp),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
     )
 
@@ -276,10 +267,10 @@ def train_step(state, args, step, batches, classifier=None):
             )
         state.scaler.scale(loss / len(batches)).backward()
         if lower_precision:
-            move_gradients(state.weights, state.params, first=not logs)
+            runtime.move_gradients(state.weights, state.params, first=not logs)
         logs.append(dict(loss=loss.detach(), **terms))
     if state.world > 1:
-        average([p.grad for p in state.params], state.world)
+        runtime.average([p.grad for p in state.params], state.world)
     state.scaler.unscale_(state.optimizer)
     most = args.clip_grad or float("inf")
     grad_norm = torch.nn.utils.clip_grad_norm_(state.params, most, foreach=True)
@@ -302,16 +293,16 @@ def main():
     device, rank, world = setup(args.device)
     path = Path(args.out) / "ckpt.pt"
     ckpt = training.resume(args, path, change) if args.resume else None
-    args.amp = amp_name(device, args.amp)  # a resumed run computes as it began
+    args.amp = runtime.amp_name(device, args.amp)  # a resumed run computes as it began
     training.check(args, world, OBJECTIVES)
     run = training.prepare_run(args, ckpt, device, rank, world)
     compiled = device.type == "cuda" if args.compile is None else args.compile
     state = prepare(run.net, args, device, world, "inductor" if compiled else None)
     first = training.restore(state, ckpt) if ckpt else 0
     batches = Batches(args, run, draw_numbers, state.schedule.T)
-    interrupt = Interrupt(world)
+    interrupt = runtime.Interrupt(world)
     fp16 = state.scaler.is_enabled()
-    log = Log(run.out / "metrics.jsonl", first, args.batch_size, device, rank, world, fp16)
+    log = runtime.Log(run.out / "metrics.jsonl", first, args.batch_size, device, rank, world, fp16)
     probed, gains = metrics.probe(run.data, args.seed)
     if rank == 0:
         training.describe(args, run, first, change(args))
@@ -351,6 +342,8 @@ def main():
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
+    if step < args.iters:
+        sys.exit(128 + (interrupt.signal or signal.SIGTERM))  # so that `train && sample` stops here
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 import metrics
+import outputs
 import runtime
 from classifier import load_classifier
 from data import CORRUPTIONS, CorruptedImages, Order, load_images, seed_at
@@ -135,10 +136,8 @@ def load_data(args, net, classifier, device, world):
                 f"--data {args.data} has label {most}"
             )
     if args.batch_size > len(data):
-        raise ValueError(
-            f"--batch-size {args.batch_size}: larger than --data {args.data} with its "
-            f"{len(data)} images"
-        )
+        held = f"--data {args.data} with its {len(data)} images"
+        raise ValueError(f"--batch-size {args.batch_size}: larger than {held}")
     if data.shape[1] % net.factor:
         raise ValueError(
             f"--image-size {data.shape[1]}: --model {args.model} needs a multiple of {net.factor}"
@@ -156,9 +155,7 @@ def prepare_run(args, ckpt, device, rank, world):
     net = build(args)
     classifier = load_classifier(args.classifier, device, args.compile) if args.classifier else None
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".write-test").write_text("")  # fails here rather than at the first checkpoint
-        (out / ".write-test").unlink()
+        outputs.claim(out, args.overwrite)
     data = load_data(args, net, classifier, device, world)
     sigma_y = judge(args, data, ckpt, device, world)
     net = net.to(device, memory_format=layout(device, args.amp)).train()
@@ -208,11 +205,9 @@ def check(args, world, objectives):
         if alone and not replaced:
             raise ValueError(f"--p {args.p} {level}: corruption takes both, a share and a level")
     check_objective(args, objectives)
+    parts = f"{world} processes x --accum {args.accum}"
     if args.batch_size % (world * args.accum):
-        raise ValueError(
-            f"--batch-size {args.batch_size}: must divide by {world} processes "
-            f"x --accum {args.accum}"
-        )
+        raise ValueError(f"--batch-size {args.batch_size}: must divide by {parts}")
     if args.resume and (args.init or args.overwrite):
         raise ValueError(f"--resume with --{'init' if args.init else 'overwrite'}: choose one")
 

@@ -496,3 +496,89 @@ def test_other_corruption_refuses_nonsense():
         with pytest.raises(ValueError) as error:
             CorruptedImages(pixels(4), p=0.5, **bad)
         assert one_line(error, "--" + next(iter(bad)), bad["corrupt"])
+
+
+def save_and_load(tmp_path, image, name="a.png", **options):
+    """The image as load_images reads it from a folder."""
+    folder = tmp_path / "folder"
+    folder.mkdir(exist_ok=True)
+    image.save(folder / name, **options)
+    images, _ = load_images(f"folder:{folder}", root=tmp_path)
+    return np.array(images[0])
+
+
+def test_sixteen_bits_are_scaled(tmp_path):
+    ramp = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    grey = save_and_load(tmp_path, Image.fromarray(ramp))
+    np.testing.assert_allclose(grey[..., 0], ramp / 257, atol=0.51)
+    assert (grey[..., 0] == grey[..., 2]).all()
+
+
+@pytest.mark.parametrize("top", [1, 255])
+def test_floats_are_scaled(top, tmp_path):
+    ramp = np.linspace(0, top, 64, dtype=np.float32).reshape(8, 8)
+    grey = save_and_load(tmp_path, Image.fromarray(ramp), "a.tif")
+    np.testing.assert_allclose(grey[..., 0], ramp * 255 / top, atol=0.51)
+
+
+def test_floats_beyond_the_scale_are_refused(tmp_path):
+    image = Image.fromarray(np.full((8, 8), -3, np.float32))
+    with pytest.raises(ValueError, match=r"a.tif: not a readable image \(values -3..-3") as error:
+        save_and_load(tmp_path, image, "a.tif")
+    assert one_line(error)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_become_white(mode, tmp_path):
+    rgba = np.full((8, 8, 4), 40, np.uint8)
+    rgba[..., 3] = 255
+    rgba[2:5, 2:5, 3] = 0
+    image = Image.fromarray(rgba)
+    options = {}
+    if mode == "P":
+        image = Image.fromarray((rgba[..., 3] > 0).astype(np.uint8), mode="P")
+        image.putpalette([7, 7, 7, 40, 40, 40] + [0] * 750)
+        options = dict(transparency=0)
+    if mode == "LA":
+        image = image.convert("LA")
+    seen = save_and_load(tmp_path, image, **options)
+    assert (seen[3, 3] == 255).all() and (seen[0, 0] == 40).all()
+
+
+def test_an_image_stands_as_its_camera_held_it(tmp_path):
+    picture = np.zeros((8, 8, 3), np.uint8)
+    picture[:2] = 255  # the upper edge, turned to the right by orientation 6
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    seen = save_and_load(tmp_path, Image.fromarray(picture), exif=exif)
+    assert (seen[:, -2:] == 255).all() and (seen[:, :-2] == 0).all()
+
+
+def test_files_left_out_are_counted(tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "b.gif").write_bytes(b"GIF")
+    save_and_load(tmp_path, Image.new("RGB", (8, 8)))
+    assert "1 other files are left out (.gif)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "shape", "dtype", "labels", "no labels"])
+def test_a_damaged_cache_is_decoded_anew(damage, tmp_path, capsys):
+    picture = Image.fromarray(pixels(1)[0])
+    first = save_and_load(tmp_path, picture)
+    (path,) = [p for p in (tmp_path / "cache").glob("*.npy") if "labels" not in p.name]
+    labels = path.with_suffix(".labels.npy")
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-5])
+    if damage == "empty":
+        path.write_bytes(b"")
+    if damage == "shape":
+        np.save(path, np.zeros((2, 8, 8, 3), np.uint8))
+    if damage == "dtype":
+        np.save(path, np.zeros((1, 8, 8, 3), np.float32))
+    if damage == "labels":
+        np.save(labels, np.zeros(3, np.int64))
+    if damage == "no labels":
+        labels.unlink()
+    again, _ = load_images(f"folder:{tmp_path / 'folder'}", root=tmp_path)
+    assert np.array_equal(again[0], first)
+    assert "damaged, decoded anew" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from cli import call
 
+import outputs
 import sample
 from losses import NoiseSchedule
 from runtime import load_checkpoint, save_checkpoint
@@ -393,7 +394,7 @@ def test_failed_save_leaves_the_previous_file(failure, tmp_path, monkeypatch):
         raise failure
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError) as error:
+    with pytest.raises(outputs.Failed) as error:
         save_checkpoint(path, dict(step=2))
     assert one_line(error, path)
     assert path.read_bytes() == before
