@@ -10,6 +10,7 @@ Corruption is a function of (seed, image index) alone.
 
 import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -187,3 +188,68 @@ class Order:
             parts.append(part)
             first, count = first + len(part), count - len(part)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Batches:
+    """batches(step) -> the batch of a step in the --accum parts of this process, dicts by name.
+
+    Part i of n holds the rows i, i + n, i + 2 n, ..: the first rows of all parts together are the
+    first rows of the batch, those that --reg-share regularises. draw_numbers: see train.py.
+    """
+
+    def __init__(self, args, run, draw_numbers, T):
+        self.args = args
+        self.data = run.data
+        self.sigma_y = run.sigma_y
+        self.draw_numbers = draw_numbers
+        self.T = T
+        self.device = device = run.device
+        where = "cpu" if run.data.streams else device
+        self.kept = torch.arange(len(run.data), device=where)
+        if args.drop_noisy:
+            self.kept = self.kept[run.sigma_y.to(where) == 0]
+        self.order = Order(len(self.kept), args.seed, where)
+        parts = run.world * args.accum
+        mine = range(run.rank * args.accum, (run.rank + 1) * args.accum)
+        self.rows = [slice(i, args.batch_size, parts) for i in mine]
+        self.generator = torch.Generator(device)
+        on_device = torch.cuda.set_device if device.type == "cuda" else torch.device
+        self.pool = ThreadPoolExecutor(1, initializer=on_device, initargs=(device,))
+        self.ahead = None
+
+    def __call__(self, step):
+        if not self.data.streams:
+            return self.draw(step, self.read(step))
+        loaded = (self.ahead or self.pool.submit(self.read, step)).result()
+        self.ahead = self.pool.submit(self.read, step + 1)  # reads from disk meanwhile, no more:
+        return self.draw(step, loaded)  # what may be compiled runs in this thread alone
+
+    def read(self, step):
+        """[(image numbers, pixels)] of the parts."""
+        index = self.kept[self.order(step * self.args.batch_size, self.args.batch_size)]
+        return [(index[rows], self.data.read(index[rows])) for rows in self.rows]
+
+    def draw(self, step, loaded):
+        """The parts of the batch: the images with their corruption, and the random numbers."""
+        args = self.args
+        B = args.batch_size
+        size = self.data.shape[1]
+        numbers = self.draw_numbers(self.generator, args.seed, step, self.T, B, size)
+        flip = numbers.pop("flip")
+        batches = []
+        for rows, (index, pixels) in zip(self.rows, loaded):
+            batch = {name: value[rows] for name, value in numbers.items()}
+            batch["x0"] = self.data.batch(index, flip[rows] if args.flip else None, pixels)
+            if args.dropout > 0:  # one mask per row and step, whatever the division
+                keys = torch.arange(rows.start, B, rows.step, device=self.device)
+                batch["keys"] = keys + seed_at(args.seed, step, stream=4)
+            index = index.to(self.device, non_blocking=True)
+            if args.classifier:
+                batch["y"] = self.data.labels[index]
+            if args.robust == "ambient":
+                batch["sigma_y"] = self.sigma_y[index]
+            batches.append(batch)
+        return batches
+
+    def close(self):
+        self.pool.shutdown(cancel_futures=True)

@@ -30,10 +30,9 @@ from tqdm import tqdm
 import metrics
 import runtime
 import training
-from data import CORRUPTIONS, NAMES, seed_at
+from data import CORRUPTIONS, NAMES, Batches, seed_at
 from losses import NoiseSchedule, addt_loss, ambient_loss, ddpm_loss, huber_loss, robust_loss
 from runtime import between, given_flags, precision, setup
-from training import Batches
 from unet import PRESETS
 
 # --------------------------------------------------------------------------------------------------

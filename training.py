@@ -1,8 +1,7 @@
-"""What train.py needs and does not explain: batches, checks, checkpoints, diagnostics, the record."""
+"""What train.py needs and does not explain: checks, checkpoints, diagnostics, the record."""
 
 import copy
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,82 +13,13 @@ import metrics
 import outputs
 import runtime
 from classifier import load_classifier
-from data import CORRUPTIONS, CorruptedImages, Order, load_images, seed_at
+from data import CORRUPTIONS, CorruptedImages, load_images
 from runtime import flag, layout, load_checkpoint, precision, read_log, save_checkpoint
 from sample import generate, save_grid
 from unet import PRESETS, UNet
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-
-# --------------------------------------------------------------------------------------------------
-# batches
-
-
-class Batches:
-    """batches(step) -> the batch of a step in the --accum parts of this process, dicts by name.
-
-    Part i of n holds the rows i, i + n, i + 2 n, ..: the first rows of all parts together are the
-    first rows of the batch, those that --reg-share regularises. draw_numbers: see train.py.
-    """
-
-    def __init__(self, args, run, draw_numbers, T):
-        self.args = args
-        self.data = run.data
-        self.sigma_y = run.sigma_y
-        self.draw_numbers = draw_numbers
-        self.T = T
-        self.device = device = run.device
-        where = "cpu" if run.data.streams else device
-        self.kept = torch.arange(len(run.data), device=where)
-        if args.drop_noisy:
-            self.kept = self.kept[run.sigma_y.to(where) == 0]
-        self.order = Order(len(self.kept), args.seed, where)
-        parts = run.world * args.accum
-        mine = range(run.rank * args.accum, (run.rank + 1) * args.accum)
-        self.rows = [slice(i, args.batch_size, parts) for i in mine]
-        self.generator = torch.Generator(device)
-        on_device = torch.cuda.set_device if device.type == "cuda" else torch.device
-        self.pool = ThreadPoolExecutor(1, initializer=on_device, initargs=(device,))
-        self.ahead = None
-
-    def __call__(self, step):
-        if not self.data.streams:
-            return self.draw(step, self.read(step))
-        loaded = (self.ahead or self.pool.submit(self.read, step)).result()
-        self.ahead = self.pool.submit(self.read, step + 1)  # reads from disk meanwhile, no more:
-        return self.draw(step, loaded)  # what may be compiled runs in this thread alone
-
-    def read(self, step):
-        """[(image numbers, pixels)] of the parts."""
-        index = self.kept[self.order(step * self.args.batch_size, self.args.batch_size)]
-        return [(index[rows], self.data.read(index[rows])) for rows in self.rows]
-
-    def draw(self, step, loaded):
-        """The parts of the batch: the images with their corruption, and the random numbers."""
-        args = self.args
-        B = args.batch_size
-        size = self.data.shape[1]
-        numbers = self.draw_numbers(self.generator, args.seed, step, self.T, B, size)
-        flip = numbers.pop("flip")
-        batches = []
-        for rows, (index, pixels) in zip(self.rows, loaded):
-            batch = {name: value[rows] for name, value in numbers.items()}
-            batch["x0"] = self.data.batch(index, flip[rows] if args.flip else None, pixels)
-            if args.dropout > 0:  # one mask per row and step, whatever the division
-                keys = torch.arange(rows.start, B, rows.step, device=self.device)
-                batch["keys"] = keys + seed_at(args.seed, step, stream=4)
-            index = index.to(self.device, non_blocking=True)
-            if args.classifier:
-                batch["y"] = self.data.labels[index]
-            if args.robust == "ambient":
-                batch["sigma_y"] = self.sigma_y[index]
-            batches.append(batch)
-        return batches
-
-    def close(self):
-        self.pool.shutdown(cancel_futures=True)
-
 
 # --------------------------------------------------------------------------------------------------
 # the network and the data
@@ -116,7 +46,7 @@ def build(args):
     return net
 
 
-def load_data(args, net, classifier, device, world):
+def load_data(args, net, classifier, ckpt, device, world):
     """The training images, with their corruption; refuses what does not fit the network."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     if world > 1 and local > 0:
@@ -127,6 +57,13 @@ def load_data(args, net, classifier, device, world):
     if world > 1 and local == 0:
         dist.barrier()
     data = CorruptedImages(images, labels, args.p, args.sigma, args.seed, device, args.corrupt)
+    some = images[:: len(images) // 2000 + 1]  # 2,000 of them, and their number, tell a set
+    data.key = metrics.images_key(f"{len(images)}", some)
+    if ckpt and ckpt.get("data_key", data.key) != data.key:
+        raise ValueError(
+            f"--data {args.data}: not the images that {args.out} was trained on until step "
+            f"{ckpt['step']}; start another --out"
+        )
     if classifier:
         most = int(data.labels.max())
         classes = classifier.config["classes"]
@@ -156,7 +93,7 @@ def prepare_run(args, ckpt, device, rank, world):
     classifier = load_classifier(args.classifier, device, args.compile) if args.classifier else None
     if rank == 0:
         outputs.claim(out, args.overwrite)
-    data = load_data(args, net, classifier, device, world)
+    data = load_data(args, net, classifier, ckpt, device, world)
     sigma_y = judge(args, data, ckpt, device, world)
     net = net.to(device, memory_format=layout(device, args.amp)).train()
     if rank == 0 and args.overwrite:  # so that a later --resume cannot continue the old network
@@ -298,6 +235,8 @@ def save(path, step, state, args, run):
     """Write the checkpoint, on process 0."""
     left_out = ("given", "out", "device", "resume", "overwrite", "init")
     settings = {name: value for name, value in vars(args).items() if name not in left_out}
+    if not all(p.isfinite().all() for p in state.params):
+        raise outputs.Failed(f"the weights of step {step} are not finite; {advice(path)}")
     if run.rank == 0:
         ckpt = dict(
             kind="unet",
@@ -308,6 +247,7 @@ def save(path, step, state, args, run):
             ema=state.ema.state_dict(),
             optimizer=state.optimizer.state_dict(),
             scaler=state.scaler.state_dict(),
+            data_key=run.data.key,
             sigma_y=None if run.sigma_y is None else run.sigma_y.cpu(),
             args=settings,
         )

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cli import call
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import metrics
@@ -922,3 +923,37 @@ def test_step_never_waits_for_the_device(
     assert (
         "_local_scalar_dense" in found[: starts[0]] and "tolist" in found[starts[2] :]
     )  # it sees those before and after
+
+
+def test_other_images_are_not_continued_on(tmp_path, capsys, no_pictures):
+    """sigma_y and the corruption belong to images by their number."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(8):
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    args = [*SMALL, "--data", f"folder:{folder}", "--data-root", tmp_path, "--out", tmp_path / "o"]
+    assert call(train, *args, "--iters", 2) == 0
+    Image.fromarray(255 - pixels).save(folder / "7.png")
+    resume = ["--resume", "--iters", 3, "--device", "cpu", "--out", tmp_path / "o"]
+    assert call(train, *resume) == 2
+    assert "not the images that" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys, monkeypatch, no_pictures):
+    """The loss of the last step may be finite when its update is not."""
+    args = [*SMALL, "--out", tmp_path / "o"]
+    assert call(train, *args, "--iters", 2) == 0
+    before = (tmp_path / "o" / "ckpt.pt").read_bytes()
+    real = train.train_step
+
+    def diverging(state, *rest):
+        logs = real(state, *rest)
+        with torch.no_grad():
+            state.params[0][0] = float("inf")
+        return logs
+
+    monkeypatch.setattr(train, "train_step", diverging)
+    resume = ["--resume", "--iters", 3, "--device", "cpu", "--out", tmp_path / "o"]
+    assert "are not finite; the last good" in bad(capsys, train, *resume, code=1)
+    assert (tmp_path / "o" / "ckpt.pt").read_bytes() == before
