@@ -11,6 +11,7 @@ processes. Several samples at once: compare.py. The samplers themselves: sampler
 
 import argparse
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -161,21 +162,33 @@ def batches(numbers, batch_size, padded):
 
 
 def sample_uint8(model, size, n, args, options, device, rank, world):
-    """n images -> (n, S, S, 3) uint8 on every process; each makes every world-th of them."""
+    """n images -> (n, S, S, 3) uint8 on every process; each makes every world-th of them.
+
+    Fewer, the first ones, where Ctrl-C stops a single process after its first batch.
+    """
     schedule = NoiseSchedule().to(device)
     mine = list(range(n))[rank::world]
     images = np.zeros((n, size, size, 3), np.uint8)
     shape = (3, size, size)
     label = f"{args.sampler} {options['steps'] or schedule.T} steps"
     bar = tqdm(total=len(mine), desc=label, unit="img", disable=rank > 0)
-    with autocast(device, args.amp), bar:
-        for index, count in batches(mine, args.batch_size, is_compiled(model)):
-            x0 = generate(model, schedule, index, shape, args.seed, device, args.sampler, **options)
-            x0 = x0[:count]
-            if not x0.isfinite().all():
-                raise ValueError("the samples hold NaN or infinity; did training diverge?")
-            images[index[:count]] = metrics.to_uint8(x0).permute(0, 2, 3, 1).cpu().numpy()
-            bar.update(count)
+    done = 0
+    try:
+        with autocast(device, args.amp), bar:
+            for index, count in batches(mine, args.batch_size, is_compiled(model)):
+                x0 = generate(
+                    model, schedule, index, shape, args.seed, device, args.sampler, **options
+                )
+                if not x0[:count].isfinite().all():
+                    raise ValueError("the samples hold NaN or infinity; did training diverge?")
+                pixels = metrics.to_uint8(x0[:count]).permute(0, 2, 3, 1)
+                images[index[:count]] = pixels.cpu().numpy()
+                done += count
+                bar.update(count)
+    except KeyboardInterrupt:
+        if world > 1 or done == 0:
+            raise
+        return images[:done]
     if world > 1:  # every row is written by one process; the others hold zeros
         dist.all_reduce(torch.from_numpy(images))  # in place
     return images
@@ -189,19 +202,34 @@ def save_grid(x, path):
 
 
 def save_sample(images, out, png):
-    """OUT/samples.npz, grid.png and, if png, images/*.png of images (n, S, S, 3) uint8 -> x (n, 3,
-    S, S) in [-1, 1].
+    """OUT/samples.npz, grid.png and, if png, images/*.png of images (n, S, S, 3) uint8.
+
+    -> x (n, 3, S, S) in [-1, 1]. Written beside the old ones and then moved over them, so that a
+    full disk costs no earlier sample. Of OUT/images only what an earlier call wrote is removed.
     """
     folder = out / "images"
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("[0-9]" * 6 + ".png"):  # of an earlier sample, perhaps a larger one
-        old.unlink()
+    new = out / "images.new"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
     if png:
         for i, image in enumerate(images):
-            Image.fromarray(image).save(folder / f"{i:06d}.png", compress_level=1)
-    np.savez_compressed(out / "samples.npz", images=images)
+            Image.fromarray(image).save(new / f"{i:06d}.png", compress_level=1)
+    with open(new / "samples.npz", "wb") as f:
+        np.savez_compressed(f, images=images)
     x = to_float(torch.from_numpy(images))
-    save_grid(x, out / "grid.png")
+    save_grid(x, new / "grid.png")
+
+    folder.mkdir(exist_ok=True)
+    count = folder / ".count"  # how many of the images there are a sample's
+    earlier = int(count.read_text()) if count.exists() else 0
+    for i in range(earlier):
+        (folder / f"{i:06d}.png").unlink(missing_ok=True)
+    for i in range(len(images) if png else 0):
+        os.replace(new / f"{i:06d}.png", folder / f"{i:06d}.png")
+    count.write_text(str(len(images) if png else 0))
+    for name in ("samples.npz", "grid.png"):
+        os.replace(new / name, out / name)
+    new.rmdir()
     return x
 
 
@@ -293,6 +321,10 @@ def sample_and_score(runs, args):
             models[path] = load_model(path, args, device)
     if rank == 0:
         outputs.claim(args.out)
+        for out in runs:
+            images = Path(out) / "images"
+            if args.png and (images / "000000.png").exists() and not (images / ".count").exists():
+                raise ValueError(f"--out {out}: {images} holds pictures of another origin")
     scorer = prepare_scorer(models, args) if rank == 0 else None
     results = {}
     for out, (path, _, _) in runs.items():
@@ -307,11 +339,13 @@ def sample_and_score(runs, args):
                 settings["reference"] = reference_name(args, trained)
                 numbers |= evaluate(images, args, scorer, settings["reference"], device)
             runtime.write_metrics(
-                out, started, seed=args.seed, device=device, n=args.n, **settings, **numbers
+                out, started, seed=args.seed, device=device, n=len(images), **settings, **numbers
             )
             shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-            print(f"{args.n} images -> {out}/grid.png, {shown}")
+            print(f"{len(images)} images -> {out}/grid.png, {shown}")
             results[out] = x[:64].clone(), numbers, trained
+        if len(images) < args.n:
+            raise KeyboardInterrupt
     if world > 1:  # the others wait for the first process, which scores
         dist.barrier()
         dist.destroy_process_group()

@@ -320,11 +320,49 @@ def test_a_smaller_sample_leaves_no_images_of_a_larger_one(checkpoint, tmp_path)
             )
             == 0
         )
-    assert sorted(p.name for p in (tmp_path / "images").iterdir()) == [
-        "000000.png",
-        "000001.png",
-        "mine.png",
-    ]
+    left = sorted(p.name for p in (tmp_path / "images").glob("*.png"))
+    assert left == ["000000.png", "000001.png", "mine.png"]
+
+
+def test_pictures_of_another_origin_stay(checkpoint, tmp_path, capsys):
+    mine = tmp_path / "images" / "000000.png"
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    flags = ["--ckpt", checkpoint, "--steps", 2, "--device", "cpu", "--n", 2, "--out", tmp_path]
+    assert "holds pictures of another origin" in bad(capsys, sample, *flags)
+    assert call(sample, *flags, "--no-png") == 0
+    assert mine.read_bytes() == b"mine"
+
+
+def test_a_full_disk_costs_no_earlier_sample(checkpoint, tmp_path, capsys, monkeypatch):
+    flags = ["--ckpt", checkpoint, "--steps", 2, "--device", "cpu", "--n", 2, "--out", tmp_path]
+    assert call(sample, *flags) == 0
+    before = {p.name: p.read_bytes() for p in tmp_path.rglob("*.*") if p.is_file()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    assert call(sample, *flags, "--seed", 1) == 1
+    for path in (tmp_path / "samples.npz", tmp_path / "grid.png", tmp_path / "images/000001.png"):
+        assert path.read_bytes() == before[path.name]
+
+
+def test_ctrl_c_keeps_the_samples_so_far(checkpoint, tmp_path, monkeypatch):
+    real = sample.generate
+    calls = []
+
+    def generate(*args, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(sample, "generate", generate)
+    flags = ["--ckpt", checkpoint, "--steps", 2, "--device", "cpu", "--out", tmp_path]
+    assert call(sample, *flags, "--n", 8, "--batch-size", 2) == 128 + signal.SIGINT
+    assert len(np.load(tmp_path / "samples.npz")["images"]) == 4
+    assert json.loads((tmp_path / "metrics.json").read_text())["n"] == 4
 
 
 def test_init_starts_from_the_ema_weights(checkpoint, tmp_path):
