@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import outputs
 import runtime
+import weights
 from data import NAMES, CorruptedImages, Order, load_images, seed_at
 from runtime import autocast, between, load_checkpoint, precision, save_checkpoint, setup
 
@@ -101,8 +102,7 @@ def load_classifier(path, device="cpu", compiled=False):
     ckpt = load_checkpoint(path)
     if ckpt.get("kind") != "classifier":
         raise ValueError(f"{path}: holds no classifier (classifier.py's checkpoints do)")
-    net = WideResNet(**ckpt["config"])
-    net.load_state_dict(ckpt["model"])
+    net = weights.fitted(WideResNet, ckpt, "model", path)
     on_gpu = torch.device(device).type == "cuda"
     net = net.eval().to(
         device, memory_format=torch.channels_last if on_gpu else torch.preserve_format

@@ -34,12 +34,12 @@ def load_images(name, image_size=None, split="train", root="data", labels_needed
     resized (antialiased bicubic, then centre crop) to S x S, default the set's own size. Raises
     ValueError with one line for bad input.
     """
-    if image_size is not None and image_size < 4:
-        raise ValueError(f"--image-size {image_size}: must be at least 4")
+    if image_size is not None and not 4 <= image_size <= 4096:
+        raise ValueError(f"--image-size {image_size}: must lie in 4..4096")
     if re.fullmatch(r"synthetic(:\d+)?", name):
         n = int(name.partition(":")[2] or 5_000)
-        if n < 1:
-            raise ValueError(f"--data {name}: needs at least one image")
+        if not 1 <= n <= 1_000_000:
+            raise ValueError(f"--data {name}: needs 1 to 1,000,000 images")
         return synthetic_butterflies(
             n, image_size or NATIVE_SIZE["synthetic"], seed=0 if split == "train" else 1
         )

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -195,9 +196,7 @@ def refuse(parser, message):
 
 
 def between(low, high=math.inf, kind=float, above=False, below=False):
-    """A type for argparse: a finite number in [low, high]; above, below: the end itself is left
-    out.
-    """
+    """A type for argparse: a finite number in [low, high]; above, below: without the end itself."""
     left, right = "(" if above else "[", ")" if below or high == math.inf else "]"
 
     def parse(text):
@@ -349,12 +348,16 @@ def load_checkpoint(path):
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such checkpoint file")
     try:
+        if zipfile.is_zipfile(path):  # torch does not compare the checksums
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise EOFError("damaged")
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path}: refused, not a file of tensors and plain values (it may execute code)"
         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError) as e:
+    except Exception as e:  # each part of the file has its own ways to be damaged
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(f"{path}: truncated or not a checkpoint ({reason})") from None
     if not isinstance(ckpt, dict):

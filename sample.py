@@ -127,9 +127,13 @@ def load_model(path, args, device):
     else:
         ckpt = load_checkpoint(path)
         try:
-            net, size, trained = UNet.load(ckpt, ema=not args.raw), ckpt["image_size"], ckpt["args"]
+            net = UNet.load(ckpt, ema=not args.raw)
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None
+        size = ckpt.get("image_size")
+        trained = ckpt.get("args")
+        if not (isinstance(size, int) and 4 <= size <= 4096 and isinstance(trained, dict)):
+            raise ValueError(f"{path}: image_size {size!r} or its args are not those of train.py")
     dtype = precision(torch.device(device), args.amp)
     net = net.to(device, memory_format=layout(device, args.amp)).eval().cast(dtype)
     on_gpu = torch.device(device).type == "cuda"
@@ -309,8 +313,12 @@ def sample_and_score(runs, args):
     -> {folder: (the first 64 images in [-1, 1], numbers, training settings)}; under torchrun on the
     first process alone.
     """
-    if args.n < 1 or args.batch_size < 1:
-        raise ValueError(f"--n {args.n} --batch-size {args.batch_size}: both must be at least 1")
+    if not (1 <= args.n <= 10_000_000 and 1 <= args.batch_size <= 100_000):
+        raise ValueError(
+            f"--n {args.n} --batch-size {args.batch_size}: need 1..10,000,000 and 1..100,000"
+        )
+    if args.image_size is not None and not 4 <= args.image_size <= 4096:
+        raise ValueError(f"--image-size {args.image_size}: must lie in 4..4096")
     options = {}
     for out, (_, steps, spacing) in runs.items():
         options[out] = sampler_options(args, steps, spacing)

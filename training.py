@@ -185,8 +185,13 @@ def resume(args, path, change):
     """The checkpoint to continue from; its settings replace the defaults, a flag that contradicts
     them is refused. change: see train.py."""
     ckpt = load_checkpoint(path)
-    if ckpt.get("kind") != "unet" or "optimizer" not in ckpt:
-        raise ValueError(f"{path}: not a checkpoint of train.py that can be resumed")
+    kinds = dict(kind=str, step=int, args=dict, model=dict, ema=dict, optimizer=dict, scaler=dict)
+    wrong = [name for name, kind in kinds.items() if not isinstance(ckpt.get(name), kind)]
+    needed = {"robust", "data", "model", "iters", "batch_size", "lr", "seed"}
+    if not wrong and not needed <= set(ckpt["args"]):
+        wrong = ["args"]
+    if wrong or ckpt["kind"] != "unet" or ckpt["step"] < 0:
+        raise ValueError(f"{path}: not a checkpoint of train.py that can be resumed {wrong}")
     if "reg_last" not in ckpt["args"]:  # written before there was a second phase
         ckpt["args"] |= dict(reg_last=1.0, reg_share=1.0, reg_lr=1.0)
     if ckpt["args"].get("amp") == "auto" and not torch.cuda.is_available():
@@ -211,12 +216,16 @@ def resume(args, path, change):
 
 def restore(state, ckpt):
     """Put a checkpoint into the state -> its step."""
-    state.net.load_state_dict(ckpt["model"])
-    state.ema.load_state_dict(ckpt["ema"])
-    state.optimizer.load_state_dict(ckpt["optimizer"])
-    lay_out_moments(state.optimizer)
-    if ckpt["scaler"]:  # it is empty unless that was fp16
-        state.scaler.load_state_dict(ckpt["scaler"])
+    try:
+        state.net.load_state_dict(ckpt["model"])
+        state.ema.load_state_dict(ckpt["ema"])
+        state.optimizer.load_state_dict(ckpt["optimizer"])
+        lay_out_moments(state.optimizer)
+        if ckpt["scaler"]:  # it is empty unless that was fp16
+            state.scaler.load_state_dict(ckpt["scaler"])
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+        reason = str(e).splitlines()[0]
+        raise ValueError(f"--resume: not a checkpoint of this network ({reason})") from None
     return ckpt["step"]
 
 

@@ -295,15 +295,7 @@ class UNet(nn.Module):
         name = checkpoint if ckpt is not checkpoint else "checkpoint"
         if ckpt.get("kind") != "unet":
             raise ValueError(f"{name}: holds no UNet (train.py's checkpoints do)")
-        try:
-            net = cls(**ckpt["config"])
-            net.load_state_dict(ckpt["ema" if ema else "model"])
-        except (KeyError, TypeError, RuntimeError) as e:
-            raise ValueError(
-                f"{name}: its weights do not fit its config, so it is of another architecture "
-                f"({str(e).splitlines()[0]})"
-            ) from None
-        return net.eval()
+        return weights.fitted(cls, ckpt, "ema" if ema else "model", name).eval()
 
     @classmethod
     def from_diffusers(cls, source, dropout=0.1):

@@ -1,4 +1,4 @@
-"""The weights of unet.UNet as those of diffusers' UNet2DModel, and back.
+"""Weights: into a network that they fit, and of unet.UNet as diffusers' UNet2DModel and back.
 
     python sample.py --ckpt out/ckpt.pt --export folder      #
         DDPMPipeline.from_pretrained("folder")
@@ -77,6 +77,52 @@ PIPELINE = dict(
     scheduler=["diffusers", "DDPMScheduler"],
     unet=["diffusers", "UNet2DModel"],
 )
+
+
+def fitted(cls, ckpt, part, name):
+    """cls(**ckpt["config"]) with the weights ckpt[part].
+
+    Raises ValueError, in one line that begins with `name`, for a config that makes no network, for
+    weights that do not fit it or are not finite; nothing large is allocated before.
+    """
+    state = ckpt.get(part)
+    config = ckpt.get("config")
+    if not isinstance(config, dict) or not isinstance(state, dict):
+        raise ValueError(f"{name}: lacks its config or its weights ({part})")
+    try:
+        for value in config.values():
+            if not plausible(value):
+                raise ValueError(f"config holds {value!r}")
+        with torch.device("meta"):
+            wanted = cls(**config).state_dict()
+        different = [key for key in {**wanted, **state} if not same_shape(wanted, state, key)]
+        if different:
+            raise ValueError(f"{len(different)} tensors differ, such as {different[0]}")
+    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as e:
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(
+            f"{name}: its weights do not fit its config, so it is of another architecture ({reason})"
+        ) from None
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name}: {key} is not finite; did training diverge?")
+    net = cls(**config)
+    net.load_state_dict(state)
+    return net
+
+
+def plausible(value):
+    """Whether a config may hold it: no loop over it is long."""
+    if isinstance(value, (list, tuple)):
+        return len(value) <= 16 and all(plausible(v) for v in value)
+    return isinstance(value, (int, float)) and abs(value) <= 10_000
+
+
+def same_shape(wanted, state, key):
+    tensors = wanted.get(key), state.get(key)
+    if not all(isinstance(value, torch.Tensor) for value in tensors):
+        return False
+    return tensors[0].shape == tensors[1].shape and tensors[0].dtype == tensors[1].dtype
 
 
 def renamed(key, names):
