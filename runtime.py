@@ -41,6 +41,17 @@ METHOD_STYLE = {
     "addt": ("#56B4E9", "ADDT"),
 }
 
+
+def styles(methods):
+    """{name of a checkpoint: its --robust or None} -> {name: (colour, label)}.
+
+    METHOD_STYLE's where every checkpoint has its own method, else colours in turn and the names.
+    """
+    if len(set(methods.values())) == len(methods) and set(methods.values()) <= set(METHOD_STYLE):
+        return {name: METHOD_STYLE[method] for name, method in methods.items()}
+    return {name: (COLOURS[i % len(COLOURS)], name) for i, name in enumerate(methods)}
+
+
 # --------------------------------------------------------------------------------------------------
 # device, precision, layout
 
@@ -387,6 +398,26 @@ def write_metrics(out, started, *, seed, device, n, **numbers):
     tmp.write_text(json.dumps(record, indent=2, default=float) + "\n")
     os.replace(tmp, path)
     return record
+
+
+def write_table(path, rows):
+    """A .csv file of rows, dicts; of a column that a row lacks, nothing."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [",".join(columns)]
+    for row in rows:
+        lines.append(",".join(cell(row.get(name, "")) for name in columns))
+    Path(path).write_text("\n".join(lines) + "\n")
+
+
+def cell(value):
+    """4 digits of a number, an interval (tuple) as low..high, the length of a list."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, tuple):
+        return "..".join(f"{end:.4f}" for end in value)
+    if isinstance(value, list):
+        return str(len(value))
+    return str(value)
 
 
 def commit():

@@ -187,15 +187,12 @@ def test_devices_of_a_batch(gpu, kind, monkeypatch):
     assert x.batch(index, index > 0).device == CUDA
 
 
-def test_devices_of_the_attack(gpu):
+def test_devices_of_the_attack(gpu, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # the noise
     schedule, index = NoiseSchedule().to(CUDA), torch.zeros(B, dtype=torch.int64, device=CUDA)
     options = dict(steps=2, spacing="respaced", clip=True, variance="fixed-large")
-    pairs, step = attack.sampler_steps("ddpm", options, schedule.T)
-    tally = torch.zeros(B, len(attack.TALLY), dtype=torch.float64, device=CUDA)
-    on_step = attack.attack(
-        network().eval(), schedule, pairs, step, index, 0, [0, 1], iters=2, eot=1, tally=tally
-    )
-    assert on_step(0, pairs[0][0], images(1)[0]).device == CUDA
+    on_step = attack.Attack(network().eval(), schedule, "ddpm", options, index, 0, iters=2)
+    assert on_step(0, on_step.pairs[0][0], images(1)[0]).device == CUDA
 
 
 @pytest.mark.parametrize("sampler", purify.SAMPLERS)
