@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import attack
+import purification
 import purify
+import runtime
 import sample
 from classifier import WideResNet, load_classifier
 from losses import NoiseSchedule
@@ -243,19 +245,19 @@ def elsewhere():
         )
 
 
-@pytest.mark.parametrize("sampler", purify.SAMPLERS)
+@pytest.mark.parametrize("sampler", purification.SAMPLERS)
 def test_purification_never_waits_for_the_gpu(sampler, monkeypatch):
     def noise(seed, index, stream, shape):
         assert {seed.device.type, index.device.type, stream.device.type} == {"meta"}
         return torch.randn(len(index), *shape, device="meta")
 
-    monkeypatch.setattr(purify, "noise_on", lambda kind: noise)
+    monkeypatch.setattr(purification, "noise_on", lambda kind: noise)
     monkeypatch.setattr(
-        sample, "autocast", lambda *a: contextlib.nullcontext()
+        runtime, "autocast", lambda *a: contextlib.nullcontext()
     )  # which knows no "meta"
     args = argparse.Namespace(seed=0, eot=2, eot_batch=2, pgd=2, evaluations=2)
     net, classifier, schedule, x, index = elsewhere()
-    purifier = purify.PurifiedClassifier(
+    purifier = purification.PurifiedClassifier(
         net, schedule, classifier, sampler, nfe=2, check_range=False
     )
     with Copies() as copies:

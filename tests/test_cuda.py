@@ -25,6 +25,7 @@ import attack
 import data
 import memorization
 import metrics
+import purification
 import purify
 import rng
 import sample
@@ -195,14 +196,13 @@ def test_devices_of_the_attack(gpu, monkeypatch):
     assert on_step(0, on_step.pairs[0][0], images(1)[0]).device == CUDA
 
 
-@pytest.mark.parametrize("sampler", purify.SAMPLERS)
+@pytest.mark.parametrize("sampler", purification.SAMPLERS)
 def test_devices_of_a_purifier_under_attack(gpu, sampler, monkeypatch):
     monkeypatch.setattr(
-        purify, "noise_on", lambda kind: data.image_noise
+        purification, "noise_on", lambda kind: data.image_noise
     )  # compiled on a GPU: see test_kernels_of_the_noise
-    monkeypatch.setattr(purify, "heun_sample", samplers.heun_sample)
-    monkeypatch.setattr(sample, "heun_timesteps", lambda *args: HEUN)
-    net = purify.PurifiedClassifier(
+    monkeypatch.setattr(samplers, "heun_timesteps", lambda *args: HEUN)
+    net = purification.PurifiedClassifier(
         network(), NoiseSchedule().to(CUDA), classifier(), sampler, t_star=2, nfe=2, rounds=1
     )
     x, y = images(1)[0], torch.zeros(B, dtype=torch.int64, device=CUDA)
