@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 import runtime
 import sample
-from data import image_noise
 from losses import like, scaled_gradient
+from rng import image_noise
 from samplers import ddim_step, ddpm_step, ddpm_variance, heun_follow
 
 NORMS = {"linf": (8 / 255, 2 / 255), "l2": (0.5, 0.1)}  # radius, step, in [0, 1] pixels

@@ -38,7 +38,7 @@ import purify_figures
 import runtime
 import sample
 from classifier import load_classifier
-from data import NAMES, load_images
+from images import NAMES, load_images
 from losses import NoiseSchedule, like
 from metrics import clopper_pearson
 from purification import NORMS, SAMPLERS, UNSEEN, PurifiedClassifier, correct, noises, pgd

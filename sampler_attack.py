@@ -39,8 +39,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data import image_noise
 from losses import NoiseSchedule, frozen, like, predict_x0, scaled_gradient
+from rng import image_noise
 from samplers import clipped, ddim_step, ddim_timesteps, ddpm_step, ddpm_timesteps
 
 OBJECTIVES = ["x0", "mean", "eps", "ldm"]
