@@ -12,14 +12,16 @@ beta_t: P1's text says both, its formulas sigma(t) = beta_t),
 
 q is the `objective`. Nothing in J is clipped: where x^_0 is cut, it would have no gradient.
 
-    x0    q = x^_0, the denoised image. Ours, and the default: it attacks best.
+    x0    q = x^_0, the denoised image. Ours, and the default.
     mean  q = the step without its noise: J as P1 prints it. It says little about the network: where
           beta_t is small this is nearly x_t itself, whatever the network, and delta little more
           than the signs of its own random start.
     eps   q = eps_theta, as in Eq. 8 (ours).
     ldm   L_DM, whose gradient Algorithm 2 prints: J = |eps_theta(x') - eps'|^2, eps' the noise in
           x' if x^_0(x_t), clipped as the sampler clips it, is the image (ours: P1 names none).
-          Unclipped it is abar / (1 - abar) times the J of x0, hence the same attack.
+          Where nothing is clipped it is abar / (1 - abar) times the J of x0, hence the same attack.
+          Where x^_0 overshoots, J has a gradient at x_t itself, which points the same way at every
+          step: on the networks tried it moves the samples farthest, to black or white.
 
 Ours too: phi = 1 (P1 gives no value), and steps that are projected on the ball of scale_t.
 
