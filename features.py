@@ -15,7 +15,7 @@ class DINOv2(torch.nn.Module):
 
     Images are brought to 224 px: bicubic, antialiased, clipped to [0, 1] (ours); no autocast.
     hub: a local clone of github.com/facebookresearch/dinov2, else torch.hub downloads it; weights:
-    a local copy of dinov2_vitb14_pretrain.pth, likewise. Raises ValueError where neither can be had.
+    a local copy of dinov2_vitb14_pretrain.pth, likewise. Raises ValueError where neither is there.
     """
 
     def __init__(self, hub=None, weights=None):

@@ -1,6 +1,7 @@
 """purification.py, purify.py: exact gradients, known noise, every sampler on Gaussian data, attacks
 in closed form, the command."""
 
+import argparse
 import importlib
 import json
 import math
@@ -424,6 +425,95 @@ def test_checks_report_what_goes_wrong():
     assert violated(0.01) == ""
 
 
+class Spy(nn.Module):
+    """Classifies by a linear network; records draw 0 (of Eq. 2) and draw 1 of every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = linear()
+        self.gradients = []
+        self.values = []
+
+    def forward(self, x, noise):
+        calls = self.gradients if x.requires_grad else self.values
+        calls.append(tuple(round(noise(k, x).sum().item(), 9) for k in (0, 1)))
+        return self.linear(x)
+
+
+def settings(**kw):
+    return argparse.Namespace(**(dict(seed=0, eot=2, eot_batch=1, pgd=3, evaluations=1) | kw))
+
+
+@pytest.mark.parametrize("knowledge", ["white", "fwd", "both", "semi-4"])
+def test_noise_of_the_attack_and_of_the_evaluation(knowledge):
+    """P2's Algorithm: fresh draws in every step and an unseen one to judge, but for what is known."""
+    spy, x = Spy(), images()
+    purify.evaluate(spy, x, INDEX % 2, INDEX, settings(), knowledge, "linf")
+    judge = tuple(round(image_draws(0, INDEX)(k, x).sum().item(), 9) for k in (0, 1))
+    assert spy.values[-2:] == [judge, judge]  # after the attack and before it
+    losses = spy.values[:-2]
+    start, end = losses[: len(losses) // 2], losses[len(losses) // 2 :]
+    assert start == end  # the rise of the loss is measured with equal noise
+    if knowledge == "both":
+        assert spy.gradients == [judge] * 3 and start == [judge]
+    elif knowledge == "semi-4":
+        draws = spy.gradients[:4]
+        assert len(set(draws)) == 4 and judge in draws
+        assert spy.gradients == 3 * draws and start == draws
+    else:
+        assert (len(spy.gradients), len(start)) == (3 * 2, 2)  # pgd x eot
+        later = [draw[1] for draw in spy.gradients + start + [judge]]
+        assert len(set(later)) == len(later)
+        of_eq2 = {draw[0] for draw in spy.gradients + start}
+        if knowledge == "fwd":
+            assert of_eq2 == {judge[0]}
+        else:
+            assert len(of_eq2) == 8 and judge[0] not in of_eq2
+
+
+def test_clean_and_robust_accuracy_differ():
+    """Images 1, 2 and 10 hundredths from the border of a linear classifier, in steps of 2/255."""
+    classifier = linear()
+    w = (classifier[1].weight[1] - classifier[1].weight[0]).detach()
+    classifier[1].bias.data = torch.stack([w.sum() / 2, torch.zeros(())])  # 0.5 is on the border
+    margins = torch.tensor([0.01, 0.02, 0.1], dtype=torch.float64)
+    x = 0.5 + margins.view(-1, 1, 1, 1) * w.sign().view(3, 6, 6)
+    net, y = purifier("none", classifier=classifier), torch.ones(3, dtype=torch.long)
+    for steps, robust in ((1, [1, 1, 1]), (2, [0, 1, 1]), (3, [0, 0, 1]), (20, [0, 0, 1])):
+        row = purify.evaluate(net, x, y, INDEX, settings(pgd=steps), "no noise", "linf")
+        assert row["clean"].tolist() == [1, 1, 1] and row["robust"].tolist() == robust
+        found = purify.summarise(row)
+        assert found["clean"] == 1 and found["robust"] == pytest.approx(sum(robust) / 3)
+
+
+def test_the_flags_reach_the_attack(files, tmp_path, monkeypatch):
+    seen, attack = [], purify.pgd
+
+    def watched(net, x, y, draws, norm, steps, eot_batch):
+        seen.append((norm, steps, len(draws(0)), eot_batch))
+        return attack(net, x, y, draws, norm, steps, eot_batch)
+
+    monkeypatch.setattr(purify, "pgd", watched)
+    flags = "--purifier ddpm --knowledge white semi-2 --norm linf l2 --pgd 2 --eot 3 --eot-batch 2"
+    common = "--data synthetic:64 --n 2 --nfe 1 --device cpu --amp fp32"
+    paths = ["--ckpt", files / "a/ckpt.pt", "--classifier", files / "classifier.pt"]
+    assert run(*paths, *common.split(), *flags.split(), "--out", tmp_path) == 0
+    assert seen == [(norm, 2, eot, 2) for norm in ("linf", "l2") for eot in (3, 2)]
+
+
+def test_ssim_guidance_raises_ssim():
+    x, y = 0.3 * draw(2, 3, 12, 12), 0.3 * draw(2, 3, 12, 12, seed=1)
+    way = purification.guidance(x, y, "ssim")
+    change = purification.ssim(x + 1e-6 * way, y) - purification.ssim(x, y)
+    slope = way.square().flatten(1).sum(1) / (x[0].numel() / 2)  # guidance: numel / 2 x gradient
+    torch.testing.assert_close(change / 1e-6, slope, rtol=1e-4, atol=1e-9)
+
+
+def test_defaults_of_p2():
+    assert purification.NORMS == {"linf": (8 / 255, 2 / 255), "l2": (0.5, 0.1)}
+    assert purifier("edm-sde", nfe=None).nfe == 50 and purifier().snr == 0.16
+
+
 def test_candidates_are_chosen_by_several_evaluations(monkeypatch):
     """A candidate that fools one purification in two loses to the image itself if that is always misclassified."""
 
@@ -434,7 +524,7 @@ def test_candidates_are_chosen_by_several_evaluations(monkeypatch):
             ).double()
             return torch.stack([right, 1 - right], dim=1)
 
-    args = type("Args", (), dict(seed=0, eot=1, eot_batch=1, pgd=1, evaluations=40))
+    args = settings(eot=1, pgd=1, evaluations=40)
     x, y = torch.full((3, 3, 6, 6), 0.4, dtype=torch.float64), torch.zeros(3, dtype=torch.long)
     monkeypatch.setattr(purify, "pgd", lambda net, x, *a: (x + 0.2, {}))
     assert purify.evaluate(Coin(), x, y, INDEX, args, "white", "linf")["selected"].tolist() == [
