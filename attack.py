@@ -27,6 +27,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import metrics
+import outputs
 import runtime
 import sample
 from data import to_float
@@ -73,9 +74,7 @@ def attacked_samples(model, size, runs, args, options, where, bar):
                 )
             finite = x.isfinite().flatten(1).all(1)
             if hook is None and not finite.all():
-                raise ValueError(
-                    "the unattacked samples hold NaN or infinity; did training diverge?"
-                )
+                raise outputs.Failed("samples hold NaN or infinity; did training diverge?")
             x = x.nan_to_num(0, 0, 0)
             if hook is None:
                 clean = x
@@ -167,8 +166,7 @@ def main():
     args, options = parse()
     device, rank, world = where = runtime.setup(args.device)
     models, scorer = load(args, device, rank)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = outputs.claim(args.out) if rank == 0 else Path(args.out)
     runs = [(0.0, "none")]
     for share in args.attacked[1:]:
         runs += [(share, "adversarial"), (share, "random")]
@@ -193,9 +191,9 @@ def main():
                     tqdm.write(text, file=sys.stderr)
     if rank == 0:
         methods = {name: trained.get("robust") for name, (_, _, trained) in models.items()}
-        runtime.write_table(out / "table.csv", table(record))
+        outputs.write_table(out / "table.csv", table(record))
         panels = [scorer[1], "IS", "change_rms"] if scorer else ["noise_level", "change_rms"]
-        plot_curves(record, panels, args, runtime.styles(methods), out / "attack.png")
+        plot_curves(record, panels, args, outputs.styles(methods), out / "attack.png")
         plot_rows(pictures, runs, out / "rows.png")
         of_attacks = [d for ds in record.values() for d in ds if "checks" in d]
         violated = sum(len(d["checks"]["violated"]) for d in of_attacks)

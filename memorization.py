@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import metrics
+import outputs
 import runtime
 from classifier import load_features
 from features import DINOv2, Pixels
@@ -207,8 +208,8 @@ def histogram(results, thresholds, title, path):
     fig, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     similarities = {name: found.similarity.numpy() for name, found in results.items()}
     bins = np.linspace(min(0.9, *(s.min() for s in similarities.values())), 1, 51)
-    by_label = {label: method for method, (_, label) in runtime.METHOD_STYLE.items()}
-    styles = runtime.styles({name: by_label.get(name) for name in results if name != NULL})
+    by_label = {label: method for method, (_, label) in outputs.METHOD_STYLE.items()}
+    styles = outputs.styles({name: by_label.get(name) for name in results if name != NULL})
     for name, s in similarities.items():
         colour, fill = "0.45", dict(histtype="stepfilled", fc="0.85")
         if name != NULL:
@@ -350,8 +351,7 @@ def main():
     device, _, world = setup(args.device)
     if world > 1:
         raise ValueError("torchrun: this runs in one process; give it the samples.npz of sample.py")
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = outputs.claim(args.out)
     sets, train = load_sets(args, options, device)
     network, description, key = features_network(args, train)
     results = search(sets, train, network, key and f"{description}|{key}", args, device)
@@ -365,7 +365,7 @@ def main():
         rows += [dict(name=name, n=n) | row for row in numbers[name]["counts"]]
         for part in ("similarity", "index", "mirrored"):
             arrays[f"{name}/{part}"] = getattr(found, part).numpy()
-    runtime.write_table(out / "table.csv", rows)
+    outputs.write_table(out / "table.csv", rows)
     np.savez_compressed(out / "nearest.npz", **arrays)
     size = train.shape[1]
     mirrors = " and their mirror images" if args.flips else ""

@@ -34,6 +34,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+import outputs
 import purify_figures
 import runtime
 import sample
@@ -249,8 +250,7 @@ def main():
         raise ValueError(f"--n {args.n}: fewer than the {world} processes")
     runtime.precision(device, args.amp)  # refuses what the device cannot do
     models, classifier, data = load(args, device, world)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = outputs.claim(args.out) if rank == 0 else Path(args.out)
     schedule = NoiseSchedule().to(device)
     runs = list(planned(args, models))
     record = []
@@ -271,11 +271,11 @@ def main():
                 for line in row["violated"]:
                     tqdm.write(f"CHECK VIOLATED: {', '.join(run)}: {line}", file=sys.stderr)
                 # after each: a kill loses the attack that runs, no other
-                runtime.write_table(out / "table.csv", record)
+                outputs.write_table(out / "table.csv", record)
                 (out / "table.md").write_text(purify_figures.table(record, args))
     if rank == 0:
         methods = {name: trained.get("robust") for name, (_, _, trained) in models.items()}
-        styles = runtime.styles(methods)
+        styles = outputs.styles(methods)
         purify_figures.plot(record, args, styles, out / "purify.png")
         curves = {}
         if args.figures:

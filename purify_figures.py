@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import runtime
+import outputs
 from purification import UNSEEN, gradient_of, image_draws, loss_of, noises, over_draws
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-COLOURS = runtime.COLOURS[1:]  # without black, which is the intervals'
+COLOURS = outputs.COLOURS[1:]  # without black, which is the intervals'
 
 
 def of_group(record, name, sampler):
