@@ -157,14 +157,14 @@ def drawn(sampler, **options):
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "heun"])
 def test_devices_of_a_sampler(gpu, sampler, monkeypatch):
-    monkeypatch.setattr(sample, "heun_timesteps", lambda *args: HEUN)
+    monkeypatch.setattr(samplers, "heun_timesteps", lambda *args: HEUN)
     assert drawn(sampler).device == CUDA
 
 
 def test_a_cpu_tensor_in_a_sampler_is_seen(gpu, monkeypatch):
     """Planted: the coefficients of a step stay on the CPU."""
     right = samplers.ddpm_variance
-    monkeypatch.setattr(sample, "ddpm_variance", lambda *args: right(*args) * torch.ones(B))
+    monkeypatch.setattr(samplers, "ddpm_variance", lambda *args: right(*args) * torch.ones(B))
     with pytest.raises(RuntimeError, match="device"):
         drawn("ddpm")
 
