@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import beta
 from tqdm import tqdm
 
 from data import seed_at
@@ -61,6 +62,14 @@ def inception_score(logits, splits=10):
             .item()
         )
     return float(np.mean(scores)), float(np.std(scores))
+
+
+def clopper_pearson(k, n, level=0.95):
+    """Exact confidence interval of a share k / n; k need not be whole -> (low, high)."""
+    a = (1 - level) / 2
+    low = beta.ppf(a, k, n - k + 1) if k > 0 else 0.0
+    high = beta.ppf(1 - a, k + 1, n - k) if k < n else 1.0
+    return float(low), float(high)
 
 
 def judged_faulty(clean, faulty, *samples):

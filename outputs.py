@@ -1,4 +1,5 @@
-"""A script's output: a folder with one owner at a time, and streams that nobody may be reading."""
+"""A script's output: a folder with one owner at a time, streams that nobody may be reading, tables,
+the colours of figures."""
 
 import contextlib
 import json
@@ -105,3 +106,50 @@ def unread_streams():
         sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = streams
+
+
+def write_table(path, rows):
+    """A .csv file of rows, dicts; of a column that a row lacks, nothing."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [",".join(columns)]
+    for row in rows:
+        lines.append(",".join(cell(row.get(name, "")) for name in columns))
+    Path(path).write_text("\n".join(lines) + "\n")
+
+
+def cell(value):
+    """4 digits of a number, an interval (tuple) as low..high, the length of a list."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, tuple):
+        return "..".join(f"{end:.4f}" for end in value)
+    if isinstance(value, list):
+        return str(len(value))
+    return str(value)
+
+
+# --------------------------------------------------------------------------------------------------
+# figures: one colour (Okabe and Ito's) and one label for each method, everywhere
+
+COLOURS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+METHOD_STYLE = {
+    "none": ("#000000", "DDPM"),
+    "ran": ("#E69F00", "Robust_ran"),
+    "adv": ("#D55E00", "Robust_adv"),
+    "inv-ran": ("#56B4E9", "invariance, random"),
+    "inv-adv": ("#0072B2", "invariance"),
+    "ambient": ("#009E73", "ambient"),
+    "huber": ("#CC79A7", "Huber"),
+    "drop": ("#0072B2", "drop-noisy"),
+    "addt": ("#56B4E9", "ADDT"),
+}
+
+
+def styles(methods):
+    """{name of a checkpoint: its --robust or None} -> {name: (colour, label)}.
+
+    METHOD_STYLE's where every checkpoint has its own method, else colours in turn and the names.
+    """
+    if len(set(methods.values())) == len(methods) and set(methods.values()) <= set(METHOD_STYLE):
+        return {name: METHOD_STYLE[method] for name, method in methods.items()}
+    return {name: (COLOURS[i % len(COLOURS)], name) for i, name in enumerate(methods)}

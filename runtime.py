@@ -25,22 +25,7 @@ import torch
 import torch.distributed as dist
 
 import outputs
-
-# --------------------------------------------------------------------------------------------------
-# figures: one colour (Okabe and Ito's) and one label for each method, everywhere
-
-COLOURS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-METHOD_STYLE = {
-    "none": ("#000000", "DDPM"),
-    "ran": ("#E69F00", "Robust_ran"),
-    "adv": ("#D55E00", "Robust_adv"),
-    "inv-ran": ("#56B4E9", "invariance, random"),
-    "inv-adv": ("#0072B2", "invariance"),
-    "ambient": ("#009E73", "ambient"),
-    "huber": ("#CC79A7", "Huber"),
-    "drop": ("#0072B2", "drop-noisy"),
-    "addt": ("#56B4E9", "ADDT"),
-}
+from outputs import COLOURS, METHOD_STYLE  # noqa: F401, part of this file's interface
 
 # --------------------------------------------------------------------------------------------------
 # device, precision, layout

@@ -209,7 +209,7 @@ def heun_follow(
     """
     abars = schedule.alphas_bar.to(x_T.device)
     table = np.array(schedule.sigmas)
-    sigmas = torch.tensor([*table, 0.0], dtype=torch.float64, device=x_T.device)  # at -1: 0
+    sigmas = torch.cat([((1 - abars) / abars).sqrt(), torch.zeros_like(abars[:1])])  # at -1: 0
     predict, correct = heun_predict, heun_correct
     if compiled:
         predict = torch.compile(heun_predict, dynamic=False)

@@ -1,4 +1,5 @@
-"""attack.py: gradients in closed form (a linear network), budgets, self-checks that fail when they must, the command."""
+"""attack.py: gradients in closed form (a linear network) and by finite differences, budgets,
+self-checks that fail when they must, the command."""
 
 import argparse
 import gc
@@ -13,10 +14,12 @@ import torch
 
 import attack
 import sample
+import sampler_attack
 import samplers
 from data import CORRUPTION_STREAM, image_noise
 from losses import NoiseSchedule
 from runtime import save_checkpoint
+from sampler_attack import Attack
 from unet import PRESETS, UNet
 
 SCHEDULE = NoiseSchedule()
@@ -49,14 +52,14 @@ def draw(*shape, seed=1):
 
 
 def noise(i, j, index=INDEX):
-    return image_noise(5, index, attack.stream(i, j), SHAPE).double()
+    return image_noise(5, index, sampler_attack.stream(i, j), SHAPE).double()
 
 
-def hook(model, sampler="ddpm", options=DDPM, index=INDEX, share=1.0, **kw):
-    pairs, step = attack.sampler_steps(sampler, options, 1000)
-    return attack.attack(
-        model, SCHEDULE, pairs, step, index, 5, attack.attacked_steps(len(pairs), share), **kw
-    ), pairs
+def hook(model, sampler="ddpm", options=DDPM, index=INDEX, share=1.0, objective="mean", **kw):
+    """P1's J unless another is asked for; without the calls that only compare J."""
+    kw = dict(probes=0) | kw
+    on_step = Attack(model, SCHEDULE, sampler, options, index, 5, share, objective=objective, **kw)
+    return on_step, on_step.pairs
 
 
 def closed_form(sampler, options, t, t_prev):
@@ -76,19 +79,19 @@ def closed_form(sampler, options, t, t_prev):
 def test_attacked_steps():
     for n in (1, 7, 50, 1000):
         for share in (0, 0.1, 0.25, 0.29, 0.5, 2 / 3, 0.75, 1):
-            steps = attack.attacked_steps(n, share)
+            steps = sampler_attack.attacked_steps(n, share)
             assert len(steps) == math.floor(n * share + 1e-9)
             assert not steps or np.ptp(np.diff([-1, *steps])) <= 1  # evenly
-    assert attack.attacked_steps(8, 0.25) == [3, 7] and attack.attacked_steps(8, 1) == list(
-        range(8)
-    )
+    assert sampler_attack.attacked_steps(8, 0.25) == [3, 7] and sampler_attack.attacked_steps(
+        8, 1
+    ) == list(range(8))
     for bad in (-0.1, 1.01, float("nan")):
         with pytest.raises(ValueError, match="share"):
-            attack.attacked_steps(10, bad)
+            sampler_attack.attacked_steps(10, bad)
 
 
 def test_streams_are_apart():
-    streams = [attack.stream(i, j) for i in (0, 1, 999) for j in (0, 1, 2**20 - 1)]
+    streams = [sampler_attack.stream(i, j) for i in (0, 1, 999) for j in (0, 1, 2**20 - 1)]
     assert (
         min(streams) > 1000
         and max(streams) < CORRUPTION_STREAM
@@ -110,11 +113,64 @@ def test_fgsm_of_a_linear_network(sampler, options, scale):
         torch.testing.assert_close(delta, r * torch.sign(start @ M.T @ M), rtol=1e-9, atol=1e-12)
 
 
-def test_clipping_is_the_samplers():
-    """Where x^_0 is clipped it has no gradient: with all of it clipped, M is a multiple of I and delta the start's sign."""
-    x_t = 5 * draw(3, *SHAPE).sign()
-    on_step, pairs = hook(lambda x, t: -5 * x, options=DDPM | dict(clip=True))
-    assert torch.equal((on_step(10, pairs[10][0], x_t) - x_t).sign(), noise(10, 0).sign())
+@pytest.mark.parametrize("objective", ["x0", "eps", "ldm"])
+def test_objectives_of_a_linear_network(objective):
+    """J = |Q (x' - x_t)|^2 with Q of x^_0, of eps, or of L_DM, at every step of a DDPM."""
+    on_step, pairs = hook(linear, objective=objective)
+    x_t = draw(3, *SHAPE)
+    eye = torch.eye(12, dtype=torch.float64)
+    for i, (t, t_prev) in enumerate(pairs):
+        s = math.sqrt(1 - ABAR[t])
+        Q = dict(x0=(eye - s * A) / math.sqrt(ABAR[t]), eps=A, ldm=A - eye / s)[objective]
+        r = math.sqrt(closed_form("ddpm", DDPM, t, t_prev)[2])
+        delta = (on_step(i, t, x_t) - x_t).flatten(1)
+        start = r * noise(i, 0).flatten(1)
+        torch.testing.assert_close(delta, r * torch.sign(start @ Q.T @ Q), rtol=1e-9, atol=1e-12)
+
+
+def values_of_J(objective, t, t_prev, x_t, x):
+    """J (B,) of a curved network for a DDPM that clips, written out from P1's formulas."""
+    ts = torch.full((len(x),), t)
+    s, root = math.sqrt(1 - ABAR[t]), math.sqrt(ABAR[t])
+    previous = ABAR[t_prev] if t_prev >= 0 else 1.0
+    beta = 1 - ABAR[t] / previous
+
+    def denoised(x):
+        return (x - s * curved(x, ts)) / root
+
+    def mean(x):  # mu~ of App. A.1
+        to_image = math.sqrt(previous) * beta / (1 - ABAR[t])
+        return to_image * denoised(x) + math.sqrt(1 - beta) * (1 - previous) / (1 - ABAR[t]) * x
+
+    if objective == "x0":
+        gap = denoised(x) - denoised(x_t)
+    elif objective == "mean":
+        gap = mean(x) - mean(x_t)
+    elif objective == "eps":
+        gap = curved(x, ts) - curved(x_t, ts)
+    else:
+        gap = curved(x, ts) - (x - root * denoised(x_t).clamp(-1, 1)) / s
+    return gap.square().flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("objective", sampler_attack.OBJECTIVES)
+def test_gradient_by_finite_differences(objective):
+    """Of a sampler that clips x^_0, at points most of whose x^_0 is clipped: J is not."""
+    on_step, pairs = hook(curved, options=DDPM | dict(clip=True), objective=objective)
+    for i in (0, 7, 14, 19):
+        t, t_prev = pairs[i]
+        x_t, start, way = (draw(3, *SHAPE, seed=seed) for seed in (1, 2, 3))
+        x_t = 2 * x_t
+        start = 0.1 * start
+        grad = sampler_attack.gradient(on_step.gap_at(i, x_t), start)
+        slope = (grad * way).flatten(1).sum(1)
+        h = 1e-5
+        up = values_of_J(objective, t, t_prev, x_t, x_t + start + h * way)
+        down = values_of_J(objective, t, t_prev, x_t, x_t + start - h * way)
+        torch.testing.assert_close(slope, (up - down) / (2 * h), rtol=1e-6, atol=1e-6)
+        delta = on_step(i, t, x_t) - x_t
+        r = math.sqrt(1 - ABAR[t] / (ABAR[t_prev] if t_prev >= 0 else 1.0))
+        torch.testing.assert_close(delta.abs(), torch.full_like(delta, r))  # no gradient is 0
 
 
 @pytest.mark.parametrize("phi, iters, factor", [(1.0, 1, 2.0), (3.0, 4, 2.0), (3.0, 4, 1.0)])
@@ -137,35 +193,10 @@ def test_projected_steps(phi, iters, factor):
         assert ours.abs().max() <= r * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("sampler, options", [("ddpm", DDPM), ("ddim", DDIM | dict(eta=1.0))])
-def test_averaging_over_the_noise(sampler, options):
-    """The gradient for N draws is 2 M' (M d + s (mean z' - mean z)) / scale_t^2: it tends to N = 0's as 1 / sqrt(N)."""
-    seen = []
-
-    def watched(x, t):
-        if x.requires_grad:
-            x.register_hook(lambda g: seen.append(g.flatten(1)))
-        return linear(x, t)
-
-    i, x_t, error, index = 10, draw(40, *SHAPE), {}, torch.arange(40)
-    for n in (0, 1, 64):
-        on_step, pairs = hook(watched, sampler, options, index, eot=n)
-        on_step(i, pairs[i][0], x_t)
-        M, s, beta = closed_form(sampler, options, *pairs[i])
-        z = sum(noise(i, 3 + 2 * k, index) - noise(i, 2 + 2 * k, index) for k in range(n)) / max(
-            n, 1
-        )
-        z = z.flatten(1) if n else 0.0
-        d = math.sqrt(beta) * noise(i, 0, index).flatten(1)
-        torch.testing.assert_close(seen[-1], 2 * (d @ M.T + s * z) @ M / beta, rtol=1e-8, atol=1e-9)
-        error[n] = (seen[-1] - seen[0]).square().mean().sqrt().item()
-    assert len(seen) == 3 and error[1] / error[64] == pytest.approx(8, rel=0.15)
-
-
 @pytest.mark.parametrize(
     "sampler, options", [("ddpm", DDPM | dict(steps=5)), ("ddim", DDIM | dict(steps=5))]
 )
-@pytest.mark.parametrize("kw", [dict(), dict(iters=3, eot=2), dict(kind="random")])
+@pytest.mark.parametrize("kw", [dict(), dict(iters=3), dict(objective="x0"), dict(kind="random")])
 def test_image_i_does_not_depend_on_the_batch(sampler, options, kw):
     def model(x, t):
         return curved(x.double(), t).to(x.dtype)
@@ -188,11 +219,10 @@ def test_attack_beats_the_random_control(sampler, options):
     """And more steps beat one. Where beta is small, mean(x) is nearly x, whatever the network: J has no direction to find."""
     gain, index = [], torch.arange(30)
     for iters in (1, 5):
-        tally = torch.zeros(30, len(attack.TALLY), dtype=torch.float64)
-        on_step, pairs = hook(curved, sampler, options, index, iters=iters, tally=tally)
+        on_step, pairs = hook(curved, sampler, options, index, iters=iters, probes=20)
         for i, (t, _) in enumerate(pairs):
             on_step(i, t, draw(30, *SHAPE, seed=i))
-        checks = attack.summarise(tally)
+        checks = checks_of(on_step)
         assert checks["probes"] == 30 * 20 and checks["outside_ball"] == 0
         assert checks["nonfinite_gradients"] == 0 and checks["zero_gradients"] == 0
         gain.append((checks["J_above_random"], checks["J_over_random"]))
@@ -215,7 +245,7 @@ def test_calls_and_memory(iters):
     """1 + iters calls on an attacked step, none elsewhere; after a step no graph is alive, nor more tensors for more steps."""
     live = []
     for steps in (8, 40):
-        calls, graphs, attacked = [], [], attack.attacked_steps(steps, 0.5)
+        calls, graphs, attacked = [], [], sampler_attack.attacked_steps(steps, 0.5)
 
         def model(x, t, calls=calls, graphs=graphs):
             y = curved(x, t)
@@ -223,7 +253,7 @@ def test_calls_and_memory(iters):
             graphs += [weakref.ref(y)] if y.requires_grad else []
             return y
 
-        on_step, _ = hook(model, options=DDPM | dict(steps=steps), share=0.5, iters=iters, eot=1)
+        on_step, _ = hook(model, options=DDPM | dict(steps=steps), share=0.5, iters=iters)
 
         def watch(
             i, t, x, on_step=on_step, calls=calls, graphs=graphs, attacked=attacked, steps=steps
@@ -259,12 +289,16 @@ def test_weights_get_no_gradient():
     assert net.calls == 2 and net.weight.grad is None and net.weight.requires_grad
 
 
-def checks_of(model, **kw):
-    tally = torch.zeros(3, len(attack.TALLY), dtype=torch.float64)
-    on_step, pairs = hook(model, tally=tally, **kw)
+def checks_of(on_step):
+    lost = torch.zeros(len(on_step.index))
+    return sampler_attack.summarise(on_step.counts | dict(lost=lost))
+
+
+def violated(model, **kw):
+    on_step, pairs = hook(model, probes=20, **kw)
     out = [on_step(i, t, draw(3, *SHAPE)) for i, (t, _) in enumerate(pairs)]
     assert all(x.isfinite().all() for x in out)  # the run goes on
-    return " | ".join(attack.summarise(tally)["violated"])
+    return " | ".join(checks_of(on_step)["violated"])
 
 
 def test_violations_are_reported():
@@ -283,33 +317,27 @@ def test_violations_are_reported():
             x.register_hook(lambda g: linear(g, t).neg())
         return curved(x, t)
 
-    assert "NaN or infinite" in checks_of(spoilt) and "are 0" not in checks_of(spoilt)
-    assert "are 0" in checks_of(vanishing) and "random start" in checks_of(vanishing)
-    assert "signs of equal norm" in checks_of(reversed_) and "small step" in checks_of(reversed_)
-    constant = checks_of(
-        lambda x, t: torch.zeros_like(x)
-    )  # mean is a multiple of x_t: every direction is alike
-    assert (
-        "signs of equal norm" in constant
-        and "random start" in constant
-        and "small step" not in constant
-    )
-    assert "random start (4" in checks_of(
-        linear, phi=4.0
-    )  # a start of four times the norm wins: said with its size
-    rows = torch.zeros(3, len(attack.TALLY), dtype=torch.float64)
-    rows[1, attack.TALLY.index("outside")], rows[2, attack.TALLY.index("lost")] = 5, 1
-    assert (
-        "ball: 5 elements" in (v := " | ".join(attack.summarise(rows)["violated"]))
-        and "samples: 1 hold" in v
-    )
+    assert "NaN or infinite" in violated(spoilt) and "are 0" not in violated(spoilt)
+    assert "are 0" in violated(vanishing) and "random start" in violated(vanishing)
+    assert "signs of equal norm" in violated(reversed_) and "small step" in violated(reversed_)
+    # mean is a multiple of x_t: every direction is alike
+    constant = violated(lambda x, t: torch.zeros_like(x))
+    assert "signs of equal norm" in constant and "random start" in constant
+    assert "small step" not in constant
+    assert "random start" in violated(linear, phi=4.0)  # a start of four times the norm wins
+    assert "are 0" not in violated(linear) and "exceed" not in violated(linear)
+    on_step, _ = hook(linear)
+    on_step.counts["outside"][1] = 5
+    rows = on_step.counts | dict(lost=torch.tensor([0, 0, 1]))
+    lines = " | ".join(sampler_attack.summarise(rows)["violated"])
+    assert "5 elements of delta" in lines and "1 samples hold" in lines
 
 
 # the command ---------------------------------------------------------------------------------------------------------
 
 
 def call(*args):
-    return cli.call(attack, *args, "--device", "cpu")
+    return cli.call(attack, *args, "--device", "cpu", "--amp", "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -394,9 +422,8 @@ def test_command(ckpts, tmp_path, capsys, monkeypatch):
         (("--phi", 0), "--phi 0"),
         (("--attack-factor", 0.5), "--attack-factor 0.5"),
         (("--attack-iters", 0), "--attack-iters 0"),
-        (("--eot", -1), "--eot -1"),
         (("--steps", 0), "--steps 0"),
-        (("--sampler", "ddim", "--eot", 4), "adds no noise"),
+        (("--objective", "l2"), "--objective"),
         (("--n", 1, "--fid"), "--n 1"),
         (("--fid",), "image sizes [8, 16]"),
         (("--ckpt", "SAME"), "two checkpoints"),

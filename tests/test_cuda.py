@@ -25,6 +25,7 @@ import attack
 import data
 import memorization
 import metrics
+import purification
 import purify
 import rng
 import sample
@@ -156,14 +157,14 @@ def drawn(sampler, **options):
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "heun"])
 def test_devices_of_a_sampler(gpu, sampler, monkeypatch):
-    monkeypatch.setattr(sample, "heun_timesteps", lambda *args: HEUN)
+    monkeypatch.setattr(samplers, "heun_timesteps", lambda *args: HEUN)
     assert drawn(sampler).device == CUDA
 
 
 def test_a_cpu_tensor_in_a_sampler_is_seen(gpu, monkeypatch):
     """Planted: the coefficients of a step stay on the CPU."""
     right = samplers.ddpm_variance
-    monkeypatch.setattr(sample, "ddpm_variance", lambda *args: right(*args) * torch.ones(B))
+    monkeypatch.setattr(samplers, "ddpm_variance", lambda *args: right(*args) * torch.ones(B))
     with pytest.raises(RuntimeError, match="device"):
         drawn("ddpm")
 
@@ -187,25 +188,21 @@ def test_devices_of_a_batch(gpu, kind, monkeypatch):
     assert x.batch(index, index > 0).device == CUDA
 
 
-def test_devices_of_the_attack(gpu):
+def test_devices_of_the_attack(gpu, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # the noise
     schedule, index = NoiseSchedule().to(CUDA), torch.zeros(B, dtype=torch.int64, device=CUDA)
     options = dict(steps=2, spacing="respaced", clip=True, variance="fixed-large")
-    pairs, step = attack.sampler_steps("ddpm", options, schedule.T)
-    tally = torch.zeros(B, len(attack.TALLY), dtype=torch.float64, device=CUDA)
-    on_step = attack.attack(
-        network().eval(), schedule, pairs, step, index, 0, [0, 1], iters=2, eot=1, tally=tally
-    )
-    assert on_step(0, pairs[0][0], images(1)[0]).device == CUDA
+    on_step = attack.Attack(network().eval(), schedule, "ddpm", options, index, 0, iters=2)
+    assert on_step(0, on_step.pairs[0][0], images(1)[0]).device == CUDA
 
 
-@pytest.mark.parametrize("sampler", purify.SAMPLERS)
+@pytest.mark.parametrize("sampler", purification.SAMPLERS)
 def test_devices_of_a_purifier_under_attack(gpu, sampler, monkeypatch):
     monkeypatch.setattr(
-        purify, "noise_on", lambda kind: data.image_noise
+        purification, "noise_on", lambda kind: data.image_noise
     )  # compiled on a GPU: see test_kernels_of_the_noise
-    monkeypatch.setattr(purify, "heun_sample", samplers.heun_sample)
-    monkeypatch.setattr(sample, "heun_timesteps", lambda *args: HEUN)
-    net = purify.PurifiedClassifier(
+    monkeypatch.setattr(samplers, "heun_timesteps", lambda *args: HEUN)
+    net = purification.PurifiedClassifier(
         network(), NoiseSchedule().to(CUDA), classifier(), sampler, t_star=2, nfe=2, rounds=1
     )
     x, y = images(1)[0], torch.zeros(B, dtype=torch.int64, device=CUDA)

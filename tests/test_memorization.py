@@ -12,10 +12,10 @@ from scipy.stats import beta
 from torchvision.transforms.v2 import functional as vision
 
 import classifier
+import features
 import memorization
 import metrics
 import runtime
-from data import CorruptedImages
 from memorization import NULL, counts, nearest
 from runtime import save_checkpoint
 from unet import PRESETS, UNet
@@ -48,14 +48,6 @@ def root(tmp_path_factory):
     noised = (images[7] + rng.normal(0, 20, (8, 8, 3))).clip(0, 255).astype(np.uint8)
     np.savez(
         root / "copies.npz", images=np.stack([images[5], images[6][:, ::-1], noised, *images[50:]])
-    )
-    np.savez(
-        root / "corrupted.npz",
-        images=metrics.to_uint8(
-            CorruptedImages(images[:40], None, 1, 0.5, 3).batch(torch.arange(4))
-        )
-        .permute(0, 2, 3, 1)
-        .numpy(),
     )
     np.savez(root / "other.npz", x=images)
     (root / "empty").mkdir()
@@ -106,7 +98,7 @@ def run(root, tmp_path, monkeypatch):
             ],
         )
         runtime.cli(memorization.main)
-        found = dict(np.load(tmp_path / "nearest.npz")) if "--bench" not in args else None
+        found = dict(np.load(tmp_path / "nearest.npz"))
         return json.loads((tmp_path / "metrics.json").read_text()), found
 
     return run
@@ -130,11 +122,6 @@ def test_nearest_against_scipy_whatever_the_chunks(chunks):
     np.testing.assert_allclose(similarity, expected.max(1), rtol=0, atol=3e-7)  # float32 features
     whole = nearest(queries, keys)
     assert torch.equal(similarity, whole[0]) and torch.equal(index, whole[1])
-
-
-def test_bench_finds_what_it_planted(run):
-    record, _ = run("--bench 300", sets="")
-    assert record["found"] == record["planted"] == 100 and record["peak_memory_MB"] > 1
 
 
 def test_counts_and_intervals():
@@ -179,19 +166,12 @@ def test_planted_copies_are_found_and_ranked(run, root, tmp_path):
 def test_pixels_are_centred(root):
     """Also by the mean of the mirror images, when those are searched: a mirrored pair is as similar as the pair."""
     x = np.random.default_rng(1).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
-    f = {flips: metrics.extract(memorization.Pixels(x, flips), x)[0] for flips in (True, False)}
+    f = {flips: metrics.extract(features.Pixels(x, flips), x)[0] for flips in (True, False)}
     np.testing.assert_allclose(
         f[False], (x / 255 - (x / 255).mean(0)).transpose(0, 3, 1, 2).reshape(5, -1), atol=1e-6
     )
-    mirrored = metrics.extract(memorization.Pixels(x, True), x[:, :, ::-1])[0]
+    mirrored = metrics.extract(features.Pixels(x, True), x[:, :, ::-1])[0]
     np.testing.assert_allclose(mirrored @ mirrored.T, f[True] @ f[True].T, atol=1e-4)
-
-
-def test_against_the_images_as_trained_on(run):
-    _, found = run("--samples corrupted.npz --features pixels --p 1 --sigma 0.5 --data-seed 3")
-    assert found["corrupted/similarity"] == pytest.approx([1] * 4, abs=1e-6) and list(
-        found["corrupted/index"]
-    ) == [0, 1, 2, 3]
 
 
 def test_folders_and_checkpoints_in_classifier_features(run):
@@ -221,7 +201,7 @@ def test_dinov2_from_a_local_clone(run, root, monkeypatch):
     _, again = run(flags)
     assert len(calls) == 5 and all(np.array_equal(found[k], again[k]) for k in found)
 
-    network = memorization.DINOv2(str(root / "hub"), root / "dino.pth")
+    network = features.DINOv2(str(root / "hub"), root / "dino.pth")
     x = torch.from_numpy(np.load(root / "copies.npz")["images"]).permute(0, 3, 1, 2)
     y = vision.resize(x / 255, [224, 224], vision.InterpolationMode.BICUBIC, antialias=True).clip(
         0, 1
@@ -252,7 +232,6 @@ def test_dinov2_from_a_local_clone(run, root, monkeypatch):
         ("--samples copies.npz", "--data folder:train --test folder:train", "--test"),
         ("--samples copies.npz", "", "--data"),
         ("--samples copies.npz copies.npz", None, "--names"),
-        ("--samples copies.npz --sigma 0.2", None, "--sigma 0.2"),
         ("--samples copies.npz --n 0", None, "--n 0"),
         ("--samples copies.npz --dino-hub hub", None, "--dino-weights PATH"),
         ("--samples copies.npz --dino-hub hub --dino-weights part.pth", None, "lacks 0.weight"),

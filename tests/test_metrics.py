@@ -425,3 +425,14 @@ def test_nearest_distance():
     x = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
     reference = torch.tensor([0.25, 3.0, 1.5]).view(3, 1, 1, 1).expand(3, 3, 4, 4)
     assert metrics.nearest_distance(x, reference) == pytest.approx((0.25 + 0.5) / 2)
+
+
+def test_clopper_pearson():
+    for k, n in ((0, 10), (3, 10), (47, 64), (64, 64)):
+        low, high = metrics.clopper_pearson(k, n)
+
+        def tail(p, counts, n=n):
+            return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in counts)
+
+        assert low == 0 if k == 0 else tail(low, range(k, n + 1)) == pytest.approx(0.025, rel=1e-6)
+        assert high == 1 if k == n else tail(high, range(k + 1)) == pytest.approx(0.025, rel=1e-6)

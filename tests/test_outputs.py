@@ -94,3 +94,19 @@ def test_exit_codes(error, code, line, monkeypatch, capsys):
         runtime.cli(main)
     assert end.value.code == code
     assert capsys.readouterr().err == line + "\n"
+
+
+def test_a_table(tmp_path):
+    rows = [dict(name="a", share=1 / 3, ci=(0.1, 0.25)), dict(name="b", violated=["x", "y"])]
+    outputs.write_table(tmp_path / "table.csv", rows)
+    lines = (tmp_path / "table.csv").read_text().splitlines()
+    assert lines == ["name,share,ci,violated", "a,0.3333,0.1000..0.2500,", "b,,,2"]
+
+
+def test_colours_of_checkpoints():
+    """Their methods' where these differ; else in turn, with the folders' names."""
+    assert outputs.styles(dict(x="none", y="adv")) == dict(
+        x=("#000000", "DDPM"), y=("#D55E00", "Robust_adv")
+    )
+    for methods in (dict(x="adv", y="adv"), dict(x="adv", y=None)):
+        assert outputs.styles(methods) == dict(x=("#000000", "x"), y=("#D55E00", "y"))

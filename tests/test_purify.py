@@ -1,5 +1,7 @@
-"""purify.py: exact gradients, known noise, every sampler on Gaussian data, attacks in closed form, the command."""
+"""purification.py, purify.py: exact gradients, known noise, every sampler on Gaussian data, attacks
+in closed form, the command."""
 
+import argparse
 import importlib
 import json
 import math
@@ -10,11 +12,19 @@ import pytest
 import torch
 from torch import nn
 
+import purification
 import purify
 from classifier import WideResNet
 from data import image_noise
 from losses import NoiseSchedule
-from purify import PurifiedClassifier, image_draws, purification_timesteps
+from purification import (
+    PurifiedClassifier,
+    gradient_of,
+    image_draws,
+    loss_of,
+    over_draws,
+    purification_timesteps,
+)
 from runtime import save_checkpoint
 from samplers import ddpm_sample, heun_sample
 from unet import UNet
@@ -79,7 +89,7 @@ def test_timesteps():
     assert math.sqrt((1 - abar) / abar) == pytest.approx(0.5, abs=0.003)
 
 
-@pytest.mark.parametrize("sampler", purify.SAMPLERS)
+@pytest.mark.parametrize("sampler", purification.SAMPLERS)
 def test_gradient_is_exact(sampler):
     """Checkpointed = plain, and = finite differences along a random direction, clipping included."""
     noise, x, v = image_draws(0, INDEX), images(), draw(3, 3, 6, 6, seed=2)
@@ -214,8 +224,8 @@ def test_it_is_the_sampler_of_sample_py():
 def test_gdmp_guidance():
     x, y = (a.requires_grad_() for a in (draw(2, 3, 12, 12), draw(2, 3, 12, 12, seed=1)))
     (grad,) = torch.autograd.grad((x - y).square().flatten(1).mean(1).sum(), x)
-    torch.testing.assert_close(purify.guidance(x, y, "mse"), -grad * 216)
-    assert torch.allclose(purify.ssim(x, x), torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(purification.guidance(x, y, "mse"), -grad * 216)
+    assert torch.allclose(purification.ssim(x, x), torch.ones(2, dtype=torch.float64))
     p, q = np.full((1, 1, 21, 21), 0.3), np.full((1, 1, 21, 21), 0.7)
     p[0, 0, 10, 10] = 0.5  # one pixel: its window weighs it by w
     g = np.exp(-((np.arange(11) - 5.0) ** 2) / 4.5)
@@ -224,11 +234,11 @@ def test_gdmp_guidance():
     inner = (
         (2 * m * 0.7 + 1e-4) / (m**2 + 0.49 + 1e-4) * 9e-4 / (var + 9e-4)
     )  # where the window lies inside: 11 x 11 places
-    flat = purify.ssim(
+    flat = purification.ssim(
         torch.full((1, 1, 21, 21), 0.3, dtype=torch.float64), torch.from_numpy(q)
     ).item()
     away = (2 * 0.3 * 0.7 + 1e-4) / (0.09 + 0.49 + 1e-4)
-    change = purify.ssim(torch.from_numpy(p), torch.from_numpy(q)).item() - flat
+    change = purification.ssim(torch.from_numpy(p), torch.from_numpy(q)).item() - flat
     assert change == pytest.approx((inner - away).sum() / 441, rel=1e-9)
     x0, noise = 2 * images() - 1, image_draws(0, INDEX)
     plain, off, on = (
@@ -244,7 +254,7 @@ def test_known_and_unknown_noise():
     assert torch.equal(net(x, both), net(x, both))  # DW_Both is deterministic
     assert not torch.equal(net(x), net(x))  # White-box is not
     assert torch.equal(fwd(0, x), both(0, x)) and torch.equal(
-        fwd(purify.ROUND, x), both(purify.ROUND, x)
+        fwd(purification.ROUND, x), both(purification.ROUND, x)
     )
     assert not torch.equal(fwd(1, x), both(1, x)) and not torch.equal(
         fwd(0, x), image_draws(0, INDEX, 9)(0, x)
@@ -263,7 +273,8 @@ def test_known_and_unknown_noise():
 def test_what_the_attack_knows():
     def values(knowledge, k, **kw):
         return [
-            noise(1, images()).double() for noise in purify.noises(knowledge, 0, INDEX, k, **kw)
+            noise(1, images()).double()
+            for noise in purification.noises(knowledge, 0, INDEX, k, **kw)
         ]
 
     evaluation = image_draws(0, INDEX)(1, images())
@@ -279,7 +290,9 @@ def test_what_the_attack_knows():
     for knowledge in ("white", "fwd"):
         fresh = [v for k in range(3) for v in values(knowledge, k, eot=2)] + [evaluation]
         assert len({v.sum().item() for v in fresh}) == 7
-    assert torch.equal(*(purify.noises(k, 0, INDEX, 1)[0](0, images()) for k in ("fwd", "both")))
+    assert torch.equal(
+        *(purification.noises(k, 0, INDEX, 1)[0](0, images()) for k in ("fwd", "both"))
+    )
 
 
 def test_input_outside_the_unit_interval_is_refused():
@@ -308,7 +321,7 @@ def test_pgd_on_a_linear_classifier():
     x[0, 0, 0, :3], x[1, 1, 1, :3] = 0.0, 1.0
     w = (classifier[1].weight[1] - classifier[1].weight[0]).view(3, 6, 6).detach()
     way = torch.stack([w, -w, w])
-    x_adv, checks = purify.pgd(net, x, y, lambda k: [None], "linf", steps=5)
+    x_adv, checks = purification.pgd(net, x, y, lambda k: [None], "linf", steps=5)
     torch.testing.assert_close(x_adv, (x + 8 / 255 * way.sign()).clamp(0, 1))
     assert (
         not checks["outside"].any()
@@ -317,28 +330,33 @@ def test_pgd_on_a_linear_classifier():
         and not checks["nonfinite"].any()
     )
     x = images() * 0.2 + 0.4  # away from the box
-    x_adv, checks = purify.pgd(net, x, y, lambda k: [None], "l2", steps=7)
+    x_adv, checks = purification.pgd(net, x, y, lambda k: [None], "l2", steps=7)
     torch.testing.assert_close(x_adv, x + 0.5 * way / w.norm())
     assert not checks["outside"].any() and checks["rises"].all()
-    few, _ = purify.pgd(net, x, y, lambda k: [None], "l2", steps=3)
+    few, _ = purification.pgd(net, x, y, lambda k: [None], "l2", steps=3)
     torch.testing.assert_close(few, x + 0.3 * way / w.norm())
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_pgd_keeps_to_the_ball_and_the_box(norm):
     x = images().round()  # on the border of the box
-    x_adv, checks = purify.pgd(
-        purifier(), x, INDEX % 2, lambda k: purify.noises("white", 0, INDEX, k, 2), norm, steps=8
+    x_adv, checks = purification.pgd(
+        purifier(),
+        x,
+        INDEX % 2,
+        lambda k: purification.noises("white", 0, INDEX, k, 2),
+        norm,
+        steps=8,
     )
     size = (x_adv - x).flatten(1).norm(dim=1, p=math.inf if norm == "linf" else 2)
     assert x_adv.min() >= 0 and x_adv.max() <= 1 and (size > 0.01).all()
-    assert (size <= purify.NORMS[norm][0] + 1e-9).all() and not checks["outside"].any()
+    assert (size <= purification.NORMS[norm][0] + 1e-9).all() and not checks["outside"].any()
 
 
 def test_eot_averages_gradients():
     net, x, draws = purifier(), images(), [image_draws(0, INDEX, d) for d in range(3)]
-    both = purify.mean_loss(net, x, INDEX % 2, draws, gradient=True)
-    each = [purify.mean_loss(net, x, INDEX % 2, [d], gradient=True) for d in draws]
+    both = over_draws(gradient_of, net, x, INDEX % 2, draws)
+    each = [over_draws(gradient_of, net, x, INDEX % 2, [d]) for d in draws]
     torch.testing.assert_close(both, sum(each) / 3)
 
 
@@ -347,12 +365,14 @@ def test_eot_averages_gradients():
 def test_batched_draws_are_the_draws(knowledge, eot_batch):
     """5 draws (of semi 4) in one larger batch, or in some: the loss, its gradient and the hits are those of single draws."""
     net, x, y = purifier("vp-sde-corrector"), images(), INDEX % 2
-    draws = purify.noises(knowledge, 0, INDEX, 1, 5)
-    for gradient in (False, True):
-        one = purify.mean_loss(net, x, y, draws, gradient)
-        many = purify.mean_loss(net, x, y, draws, gradient, eot_batch)
+    draws = purification.noises(knowledge, 0, INDEX, 1, 5)
+    for quantity in (loss_of, gradient_of):
+        one = over_draws(quantity, net, x, y, draws)
+        many = over_draws(quantity, net, x, y, draws, eot_batch)
         torch.testing.assert_close(many, one, rtol=1e-9, atol=1e-12)
-    hits = [purify.correct(net, x, y, 0, INDEX, knowledge, range(4), b) for b in (1, eot_batch)]
+    hits = [
+        purification.correct(net, x, y, 0, INDEX, knowledge, range(4), b) for b in (1, eot_batch)
+    ]
     assert torch.equal(*hits)
 
 
@@ -371,13 +391,8 @@ def test_gradient_survives_float16():
     def classifier(x):
         return x.flatten(1).half() @ w.T + torch.tensor([[14.0, 0], [0, 14], [14, 0]]).half()
 
-    grad = purify.mean_loss(
-        PurifiedClassifier(nn.Identity(), SCHEDULE, Function(classifier), "none"),
-        images().float(),
-        INDEX % 2,
-        [None],
-        gradient=True,
-    ).double()
+    net = PurifiedClassifier(nn.Identity(), SCHEDULE, Function(classifier), "none")
+    grad = over_draws(gradient_of, net, images().float(), INDEX % 2, [None]).double()
     way = torch.stack([w[1] - w[0], w[0] - w[1], w[1] - w[0]]).double()
     assert torch.cosine_similarity(grad.flatten(1), way, dim=1).min() > 0.99
     assert (grad.abs().amax((1, 2, 3)) < 1e-6).all()  # not scaled
@@ -400,7 +415,7 @@ def test_checks_report_what_goes_wrong():
     def violated(factor):
         net = purifier("none", classifier=Broken())
         net.classifier.factor = factor
-        _, row = purify.pgd(net, images(), INDEX % 2, lambda k: [None], steps=2)
+        _, row = purification.pgd(net, images(), INDEX % 2, lambda k: [None], steps=2)
         return " ".join(
             purify.summarise(row | dict(robust=torch.ones(3, dtype=torch.float64)))["violated"]
         )
@@ -408,6 +423,95 @@ def test_checks_report_what_goes_wrong():
     assert "exactly 0 in 100" in violated(0.0) and "only 0% of the images" in violated(0.0)
     assert "NaN or infinite for 3" in violated(math.nan)
     assert violated(0.01) == ""
+
+
+class Spy(nn.Module):
+    """Classifies by a linear network; records draw 0 (of Eq. 2) and draw 1 of every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = linear()
+        self.gradients = []
+        self.values = []
+
+    def forward(self, x, noise):
+        calls = self.gradients if x.requires_grad else self.values
+        calls.append(tuple(round(noise(k, x).sum().item(), 9) for k in (0, 1)))
+        return self.linear(x)
+
+
+def settings(**kw):
+    return argparse.Namespace(**(dict(seed=0, eot=2, eot_batch=1, pgd=3, evaluations=1) | kw))
+
+
+@pytest.mark.parametrize("knowledge", ["white", "fwd", "both", "semi-4"])
+def test_noise_of_the_attack_and_of_the_evaluation(knowledge):
+    """P2's Algorithm: fresh draws in every step and an unseen one to judge, but for what is known."""
+    spy, x = Spy(), images()
+    purify.evaluate(spy, x, INDEX % 2, INDEX, settings(), knowledge, "linf")
+    judge = tuple(round(image_draws(0, INDEX)(k, x).sum().item(), 9) for k in (0, 1))
+    assert spy.values[-2:] == [judge, judge]  # after the attack and before it
+    losses = spy.values[:-2]
+    start, end = losses[: len(losses) // 2], losses[len(losses) // 2 :]
+    assert start == end  # the rise of the loss is measured with equal noise
+    if knowledge == "both":
+        assert spy.gradients == [judge] * 3 and start == [judge]
+    elif knowledge == "semi-4":
+        draws = spy.gradients[:4]
+        assert len(set(draws)) == 4 and judge in draws
+        assert spy.gradients == 3 * draws and start == draws
+    else:
+        assert (len(spy.gradients), len(start)) == (3 * 2, 2)  # pgd x eot
+        later = [draw[1] for draw in spy.gradients + start + [judge]]
+        assert len(set(later)) == len(later)
+        of_eq2 = {draw[0] for draw in spy.gradients + start}
+        if knowledge == "fwd":
+            assert of_eq2 == {judge[0]}
+        else:
+            assert len(of_eq2) == 8 and judge[0] not in of_eq2
+
+
+def test_clean_and_robust_accuracy_differ():
+    """Images 1, 2 and 10 hundredths from the border of a linear classifier, in steps of 2/255."""
+    classifier = linear()
+    w = (classifier[1].weight[1] - classifier[1].weight[0]).detach()
+    classifier[1].bias.data = torch.stack([w.sum() / 2, torch.zeros(())])  # 0.5 is on the border
+    margins = torch.tensor([0.01, 0.02, 0.1], dtype=torch.float64)
+    x = 0.5 + margins.view(-1, 1, 1, 1) * w.sign().view(3, 6, 6)
+    net, y = purifier("none", classifier=classifier), torch.ones(3, dtype=torch.long)
+    for steps, robust in ((1, [1, 1, 1]), (2, [0, 1, 1]), (3, [0, 0, 1]), (20, [0, 0, 1])):
+        row = purify.evaluate(net, x, y, INDEX, settings(pgd=steps), "no noise", "linf")
+        assert row["clean"].tolist() == [1, 1, 1] and row["robust"].tolist() == robust
+        found = purify.summarise(row)
+        assert found["clean"] == 1 and found["robust"] == pytest.approx(sum(robust) / 3)
+
+
+def test_the_flags_reach_the_attack(files, tmp_path, monkeypatch):
+    seen, attack = [], purify.pgd
+
+    def watched(net, x, y, draws, norm, steps, eot_batch):
+        seen.append((norm, steps, len(draws(0)), eot_batch))
+        return attack(net, x, y, draws, norm, steps, eot_batch)
+
+    monkeypatch.setattr(purify, "pgd", watched)
+    flags = "--purifier ddpm --knowledge white semi-2 --norm linf l2 --pgd 2 --eot 3 --eot-batch 2"
+    common = "--data synthetic:64 --n 2 --nfe 1 --device cpu --amp fp32"
+    paths = ["--ckpt", files / "a/ckpt.pt", "--classifier", files / "classifier.pt"]
+    assert run(*paths, *common.split(), *flags.split(), "--out", tmp_path) == 0
+    assert seen == [(norm, 2, eot, 2) for norm in ("linf", "l2") for eot in (3, 2)]
+
+
+def test_ssim_guidance_raises_ssim():
+    x, y = 0.3 * draw(2, 3, 12, 12), 0.3 * draw(2, 3, 12, 12, seed=1)
+    way = purification.guidance(x, y, "ssim")
+    change = purification.ssim(x + 1e-6 * way, y) - purification.ssim(x, y)
+    slope = way.square().flatten(1).sum(1) / (x[0].numel() / 2)  # guidance: numel / 2 x gradient
+    torch.testing.assert_close(change / 1e-6, slope, rtol=1e-4, atol=1e-9)
+
+
+def test_defaults_of_p2():
+    assert purification.NORMS == {"linf": (8 / 255, 2 / 255), "l2": (0.5, 0.1)}
+    assert purifier("edm-sde", nfe=None).nfe == 50 and purifier().snr == 0.16
 
 
 def test_candidates_are_chosen_by_several_evaluations(monkeypatch):
@@ -420,7 +524,7 @@ def test_candidates_are_chosen_by_several_evaluations(monkeypatch):
             ).double()
             return torch.stack([right, 1 - right], dim=1)
 
-    args = type("Args", (), dict(seed=0, eot=1, eot_batch=1, pgd=1, evaluations=40))
+    args = settings(eot=1, pgd=1, evaluations=40)
     x, y = torch.full((3, 3, 6, 6), 0.4, dtype=torch.float64), torch.zeros(3, dtype=torch.long)
     monkeypatch.setattr(purify, "pgd", lambda net, x, *a: (x + 0.2, {}))
     assert purify.evaluate(Coin(), x, y, INDEX, args, "white", "linf")["selected"].tolist() == [
@@ -431,17 +535,6 @@ def test_candidates_are_chosen_by_several_evaluations(monkeypatch):
     monkeypatch.setattr(purify, "pgd", lambda net, x, *a: (x + 0.1, {}))  # 0.5: never right
     row = purify.evaluate(Coin(), x + 0.2, y, INDEX, args, "white", "linf")
     assert 0.2 < row["selected"].mean() < 0.8  # both are right by chance
-
-
-def test_clopper_pearson():
-    for k, n in ((0, 10), (3, 10), (47, 64), (64, 64)):
-        low, high = purify.clopper_pearson(k, n)
-
-        def tail(p, counts, n=n):
-            return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in counts)
-
-        assert low == 0 if k == 0 else tail(low, range(k, n + 1)) == pytest.approx(0.025, rel=1e-6)
-        assert high == 1 if k == n else tail(high, range(k + 1)) == pytest.approx(0.025, rel=1e-6)
 
 
 # the command ---------------------------------------------------------------------------------------------------------
@@ -498,6 +591,8 @@ def test_command(files, tmp_path):
         1,
         "--device",
         "cpu",
+        "--amp",
+        "fp32",
     ]
     assert (
         run(
@@ -648,13 +743,13 @@ def test_gdmp_is_guided_by_the_given_image_in_every_round(monkeypatch):
     """A model that denoises to 0: from the second round on, the sample has forgotten the image, the guide has not."""
     guides = []
     monkeypatch.setattr(
-        purify, "guidance", lambda x, y, kind: guides.append(y.clone()) or torch.zeros_like(x)
+        purification, "guidance", lambda x, y, kind: guides.append(y.clone()) or torch.zeros_like(x)
     )
 
     def model(x, t):  # x^_0 = 0
         return x / (1 - SCHEDULE.alphas_bar[t]).sqrt().view(-1, 1, 1, 1)
 
-    net = purify.PurifiedClassifier(
+    net = purification.PurifiedClassifier(
         model,
         SCHEDULE,
         torch.nn.Identity(),

@@ -1,0 +1,381 @@
+"""Purification of images by a diffusion model before they are classified, and PGD on both (P2).
+
+    net = PurifiedClassifier(UNet.load("ckpt.pt"), NoiseSchedule(), classifier, "ddpm", nfe=10)
+    logits = net(x)                                        # x in [0, 1]; for any attack library
+    x_adv, checks = pgd(net, x, y, lambda k: noises("white", seed, index, k, eot=10))
+
+P2 = "Understanding and Enhancing the Robustness of Diffusion-Based Purification". An image is
+diffused to t* (Eq. 2), taken back to 0 by a sampler, and classified. The attack is PGD on the
+cross-entropy from a zero start, with exact gradients through the whole chain (every network call is
+checkpointed: memory hardly grows with the number of steps), averaged over draws of the noise (EoT).
+What it knows of the noise of the evaluation:
+
+    white    nothing: fresh noise each time    both     all of it
+    fwd      the noise of Eq. 2                semi-N   N draws, one of which the evaluation uses
+"""
+
+import functools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import runtime
+import sample
+from losses import like, scaled_gradient
+from rng import image_noise
+from samplers import ddim_step, ddpm_step, ddpm_variance, heun_follow
+
+NORMS = {"linf": (8 / 255, 2 / 255), "l2": (0.5, 0.1)}  # radius, step, in [0, 1] pixels
+EDM = {  # P2 App. F
+    "edm-ode": {},
+    "edm-sde": dict(S_churn=6.0, S_min=0.01, S_max=0.46, S_noise=1.007),
+}
+GDMP = ["gdmp", "gdmp-mse", "gdmp-ssim"]
+SAMPLERS = ["none", "ddpm", "ddim", "vp-sde", "vp-sde-corrector", *EDM, *GDMP]
+# GDMP's code scales the gradient of the MSE over a batch of 100 CIFAR images by
+# 60000 / (16 / 255 / 3); here it is per image.
+GUIDANCE = 60_000 / (16 / 255 / 3) * 2 / (100 * 3 * 32 * 32)
+ROUND = 4096  # draws reserved for one round of a purification
+UNSEEN = 2**20  # draws from here on are the attack's own; twice that: choose between candidates
+
+# --------------------------------------------------------------------------------------------------
+# noise
+
+
+@functools.cache
+def noise_on(kind):
+    """data.image_noise on a kind of device: on a GPU one fused kernel, compiled once for all seeds
+    and streams."""
+    return torch.compile(image_noise, dynamic=False) if kind == "cuda" else image_noise
+
+
+def image_draws(seed, index, draw=0, forward=None):
+    """noise(k, x) -> the k-th N(0, I) of a purification, x's shape; row i is a function of
+    (seed, index[i], draw, k) alone.
+
+    index (B,): on x's device, or else every call copies it there. forward: another draw, from which
+    the noise of Eq. 2 (k = 0 of a round) is taken.
+    """
+
+    def number(value, x):  # as a tensor, filled in on the device; of a seed its lower 64 bits count
+        return torch.full((), (value + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=x.device)
+
+    def noise(k, x):
+        of_eq2 = forward is not None and k % ROUND == 0
+        key = seed + (((forward if of_eq2 else draw) + 1) << 32)
+        at = (number(key, x), index.to(x.device), number(k, x), tuple(x.shape[1:]))
+        return torch.empty_like(x, requires_grad=False).copy_(noise_on(x.device.type)(*at))
+
+    return noise
+
+
+def shifted(noise, first):
+    return lambda k, x: noise(first + k, x)
+
+
+def together(draws):
+    """The noise(k, x) of an x that holds the same images once for each of `draws`."""
+    if len(draws) == 1:
+        return draws[0]
+
+    def noise(k, x):
+        parts = x.chunk(len(draws))
+        return torch.cat([draw(k, part) for draw, part in zip(draws, parts)])
+
+    return noise
+
+
+# --------------------------------------------------------------------------------------------------
+# the purifier
+
+
+def purification_timesteps(t_star, nfe):
+    """The t at which the network is called: nfe = 5 -> [100, 80, 60, 40, 20, 0]; nfe + 1 calls, as
+    in P2's own code."""
+    if not 1 <= nfe <= t_star:
+        raise ValueError(f"--nfe {nfe}: must lie in 1..{t_star} (t*)")
+    return [t_star * i // nfe for i in range(nfe, -1, -1)]
+
+
+def vp_sde_step(x_t, eps, z, abar, abar_prev):
+    """Euler-Maruyama on the reverse VP-SDE (P2 Eq. 12): f = -beta x / 2, g^2 = beta, score =
+    -eps / sqrt(1 - abar).
+
+    The integral of beta over the step is log(abar_prev / abar), by Eq. 11. Noise at every step, no
+    x^_0 to clip.
+    """
+    b = (abar_prev / abar).log()
+    mean = like(1 + b / 2, x_t) * x_t - like(b / (1 - abar).sqrt(), x_t) * eps
+    return mean + like(b.sqrt(), x_t) * z
+
+
+def langevin_step(x_t, eps, z, abar, abar_prev, snr):
+    """The corrector (Song et al., 2021, Alg. 5): one step along the score, with norms per image."""
+    score = -eps / like((1 - abar).sqrt(), x_t)
+    ratio = z.flatten(1).norm(dim=1) / score.flatten(1).norm(dim=1)
+    size = 2 * (abar / abar_prev) * (snr * ratio) ** 2
+    return x_t + like(size, x_t) * score + like((2 * size).sqrt(), x_t) * z
+
+
+def ssim(x, y):
+    """Structural similarity (Wang et al., 2004), as GDMP takes it: 11 x 11 window, zero padding,
+    range 1 -> (B,)."""
+    channels = x.shape[1]
+    g = torch.exp(-((torch.arange(11, device=x.device, dtype=x.dtype) - 5) ** 2) / (2 * 1.5**2))
+    window = (torch.outer(g, g) / g.sum() ** 2).expand(channels, 1, 11, 11)
+
+    def blurred(a):
+        return F.conv2d(a, window, padding=5, groups=channels)
+
+    with runtime.autocast(x.device, "fp32"):  # differences of squares
+        mx, my = blurred(x), blurred(y)
+        xx, yy, xy = blurred(x * x), blurred(y * y), blurred(x * y)
+    top = (2 * mx * my + 0.01**2) * (2 * (xy - mx * my) + 0.03**2)
+    bottom = (mx**2 + my**2 + 0.01**2) * (xx - mx**2 + yy - my**2 + 0.03**2)
+    return (top / bottom).flatten(1).mean(1)
+
+
+def guidance(x_t, y_t, kind):
+    """-numel / 2 times the gradient of MSE or 1 - SSIM between x_t and y_t; differentiable."""
+    if kind == "mse":
+        return y_t - x_t
+    with torch.enable_grad():
+        x = x_t if x_t.requires_grad else x_t.detach().requires_grad_()
+        (g,) = torch.autograd.grad(ssim(x, y_t).sum(), x, create_graph=x_t.requires_grad)
+    return g * (x_t[0].numel() / 2)
+
+
+class PurifiedClassifier(nn.Module):
+    """x (B, C, H, W) in [0, 1] -> logits (B, classes) of the purified image; differentiable, for
+    any attack library.
+
+    model: (x_t, t) -> eps; classifier: [0, 1] images -> logits. Both are put in eval mode and lose
+    their weight gradients. sampler: one of SAMPLERS. Defaults: t* = T / 10, for EDM the t of
+    sigma = 0.5, for GDMP 36; nfe = t*, for EDM 50 Heun steps (their levels rounded to the
+    schedule's, equal ones merged); rounds: 1, for GDMP 4, purifications in a row. snr: of the
+    corrector, one Langevin step before each step (Song et al., 2021; 0.16 is their CIFAR-10 value,
+    with norms per image instead of per batch). scale: GDMP's guidance. `calls` counts the network
+    calls of the last forward.
+    noise(k, x), see image_draws: fixed noise instead of the global generator's, here, as the
+    attribute, or in forward().
+    Raises ValueError for images outside [0, 1]; check_range=False spares the look at them, for
+    which a GPU must be waited for.
+    """
+
+    def __init__(
+        self, model, schedule, classifier, sampler="ddpm", t_star=None, nfe=None, noise=None,
+        clip=True, variance="fixed-large", snr=0.16, scale=GUIDANCE, rounds=None,
+        checkpointed=True, check_range=True,
+    ):  # fmt: skip
+        super().__init__()
+        if sampler not in SAMPLERS:
+            raise ValueError(f"--purifier {sampler}: need one of {', '.join(SAMPLERS)}")
+        if t_star is None:
+            t_star = default_t_star(sampler, schedule)
+        if nfe is None:
+            nfe = 50 if sampler in EDM else t_star
+        if rounds is None:
+            rounds = 4 if sampler in GDMP else 1
+        if not 1 <= t_star < schedule.T or nfe < 1 or rounds < 1:
+            raise ValueError(
+                f"--t-star {t_star} --nfe {nfe}, rounds {rounds}: need 1 <= t* < {schedule.T}, "
+                "others >= 1"
+            )
+        self.pairs = []  # (t, t_prev)
+        if sampler != "none" and sampler not in EDM:
+            ts = purification_timesteps(t_star, nfe)
+            self.pairs = list(zip(ts, ts[1:] + [-1]))
+        self.model = model
+        self.classifier = classifier
+        self.schedule = schedule
+        self.sampler = sampler
+        self.t_star = t_star
+        self.nfe = nfe
+        self.rounds = rounds
+        self.noise = noise
+        self.clip = clip
+        self.variance = variance
+        self.snr = snr
+        self.scale = scale
+        self.checkpointed = checkpointed
+        self.check_range = check_range
+        self.calls = 0
+        self.eval().requires_grad_(False)
+
+    def forward(self, x, noise=None):
+        if self.check_range or x.dim() != 4:
+            low, high = torch.stack(x.detach().aminmax()).tolist()  # one wait for both
+            if x.dim() != 4 or not (low >= -1e-6 and high <= 1 + 1e-6):  # also refuses NaN
+                raise ValueError(
+                    f"purifier: x {tuple(x.shape)} in {low:.3g}..{high:.3g}: need (B, C, H, W) in "
+                    "[0, 1]"
+                )
+        if self.sampler != "none":
+            x = (self.purify(2 * x - 1, noise) + 1) / 2
+        return self.classifier(x)
+
+    def purify(self, x, noise=None):
+        """x (B, C, H, W) in [-1, 1] -> x^_0 of its shape."""
+        self.calls = 0
+        noise = noise or self.noise or (lambda k, x: torch.randn_like(x))
+        given = x
+        for r in range(self.rounds):
+            x = self.one_round(x, given, shifted(noise, r * ROUND))
+        return x
+
+    def eps(self, x_t, t):
+        """eps_theta; under a gradient its activations are computed again instead of kept."""
+        self.calls += 1
+        if self.checkpointed and torch.is_grad_enabled() and x_t.requires_grad:
+            return checkpoint(self.model, x_t, t, use_reentrant=False, preserve_rng_state=False)
+        return self.model(x_t, t)
+
+    def one_round(self, x, given, noise):
+        """One purification of x; in every round GDMP is guided by the image that was given.
+
+        Draw 0 is the noise of Eq. 2, draw 1 + 2 i that of step i, 2 + 2 i that of its corrector or
+        guidance.
+        """
+        t_star = torch.full((len(x),), self.t_star, device=x.device)
+        x = self.schedule.q_sample(x, t_star, noise(0, x))
+        if self.sampler in EDM:
+            settings = dict(EDM[self.sampler], clip=self.clip, t_start=self.t_star)
+            settings["noise"] = lambda i: noise(1 + 2 * i, x)
+            return heun_follow(self.eps, self.schedule, x, self.nfe, **settings)
+        abars = self.schedule.alphas_bar.to(x.device)
+        abars = torch.cat([torch.ones_like(abars[:1]), abars])  # at index t + 1
+        for i, (t, t_prev) in enumerate(self.pairs):
+            abar = abars[t + 1].expand(len(x))
+            abar_prev = abars[t_prev + 1].expand(len(x))
+            t = torch.full((len(x),), t, device=x.device)
+            if self.sampler == "vp-sde-corrector":
+                before = self.schedule.at(self.schedule.alphas_bar_prev, t)
+                eps = self.eps(x, t).to(x.dtype)
+                x = langevin_step(x, eps, noise(2 + 2 * i, x), abar, before, self.snr)
+            eps = self.eps(x, t).to(x.dtype)
+            x_next = self.step(x, eps, noise(1 + 2 * i, x), abar, abar_prev)
+            if self.sampler in ("gdmp-mse", "gdmp-ssim"):
+                guide = self.schedule.q_sample(given, t, noise(2 + 2 * i, x))
+                x_next = x_next + self.pull(x, guide, abar, abar_prev)
+            x = x_next
+        return x
+
+    def step(self, x, eps, z, abar, abar_prev):
+        if self.sampler == "ddim":
+            return ddim_step(x, eps, 0.0, abar, abar_prev, 0.0, self.clip)
+        if self.sampler.startswith("vp-sde"):
+            return vp_sde_step(x, eps, z, abar, abar_prev)
+        return ddpm_step(x, eps, z, abar, abar_prev, self.clip, self.variance)
+
+    def pull(self, x, guide, abar, abar_prev):
+        """GDMP's guidance: the step's variance times its s_t."""
+        variance = ddpm_variance(abar, abar_prev, self.variance)
+        strength = self.scale * ((1 - abar) / abar).sqrt() * variance
+        return like(strength, x) * guidance(x, guide, self.sampler.removeprefix("gdmp-"))
+
+
+def default_t_star(sampler, schedule):
+    if sampler in EDM:
+        return int(np.abs(np.array(schedule.sigmas) - 0.5).argmin())
+    return 36 if sampler in GDMP else schedule.T // 10
+
+
+# --------------------------------------------------------------------------------------------------
+# the attack
+
+
+def noises(knowledge, seed, index, k, eot=1):
+    """The draws, known or fresh, over which step k of the attack averages; the evaluation's first
+    is draw 0."""
+    if knowledge in ("both", "no noise"):
+        return [image_draws(seed, index)]
+    if knowledge.startswith("semi-"):
+        return [image_draws(seed, index, j) for j in range(int(knowledge[5:]))]
+    forward = 0 if knowledge == "fwd" else None
+    first = UNSEEN + k * eot
+    return [image_draws(seed, index, first + j, forward) for j in range(eot)]
+
+
+def over_draws(quantity, net, x, y, draws, eot_batch=1):
+    """quantity(net, x, y, noise) -> (B, ..), averaged over the list `draws`, of which eot_batch are
+    evaluated in one larger batch."""
+    total = 0
+    compiled = sample.is_compiled(getattr(net, "model", None))
+    for group, count in sample.batches(draws, eot_batch, compiled):
+        repeated = torch.cat([x.detach()] * len(group))
+        values = quantity(net, repeated, y.repeat(len(group)), together(group))
+        total = total + values.unflatten(0, (len(group), len(x)))[:count].sum(0)
+    return total / len(draws)
+
+
+@torch.no_grad()
+def loss_of(net, x, y, noise):
+    """Cross-entropy (B,) under one draw for each image."""
+    return F.cross_entropy(net(x, noise).to(x.dtype), y, reduction="none")
+
+
+def gradient_of(net, x, y, noise):
+    """The gradient in x of loss_of, x's shape."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        logits = net(x, noise).to(x.dtype)
+        return scaled_gradient(F.cross_entropy(logits, y, reduction="sum"), logits, x)
+
+
+@torch.no_grad()
+def hit_of(net, x, y, noise):
+    """1 where the image is classified correctly, else 0; (B,) float64."""
+    return (net(x, noise).argmax(1) == y).double()
+
+
+def ascend(x, delta, grad, norm):
+    """One step of projected gradient ascent on delta, in the ball and with x + delta in [0, 1]."""
+    radius, step = NORMS[norm]
+    if norm == "linf":
+        delta = (delta + step * grad.sign()).clamp(-radius, radius)
+    else:
+        size = like(grad.flatten(1).norm(dim=1).clamp_min(torch.finfo(grad.dtype).tiny), x)
+        delta = delta + step * grad / size
+        delta = delta * (radius / like(delta.flatten(1).norm(dim=1), x).clamp_min(radius))
+    return (x + delta).clamp(0, 1) - x
+
+
+def pgd(net, x, y, draws, norm="linf", steps=20, eot_batch=1):
+    """PGD from a zero start -> x_adv, checks {name: (B,)}.
+
+    draws(k): the noises of step k, a list; draws(steps) those under which the losses of start and
+    end are compared.
+    """
+    delta = torch.zeros_like(x)
+    nonfinite = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    zero = torch.zeros_like(nonfinite)
+    for k in range(steps):
+        grad = over_draws(gradient_of, net, x + delta, y, draws(k), eot_batch)
+        nonfinite += (~grad.isfinite()).flatten(1).any(1)
+        grad = grad.nan_to_num(0, 0, 0)
+        zero += (grad == 0).flatten(1).all(1).double() / steps
+        delta = ascend(x, delta, grad, norm)
+    size = delta.flatten(1).norm(dim=1, p=float("inf") if norm == "linf" else 2)
+    beyond = (x + delta - 0.5).abs().flatten(1).amax(1) > 0.5 + 1e-6
+    start = over_draws(loss_of, net, x, y, draws(steps), eot_batch)
+    end = over_draws(loss_of, net, x + delta, y, draws(steps), eot_batch)
+    checks = dict(
+        outside=(size > NORMS[norm][0] * (1 + 1e-4)) | beyond,
+        nonfinite=nonfinite,
+        zero=zero,
+        rises=(end > start).double(),
+        start=start,
+        end=end,
+    )
+    return (x + delta).clamp(0, 1), checks
+
+
+def correct(net, x, y, seed, index, knowledge, draws, eot_batch=1):
+    """Share of the draws, numbered as the knowledge allows, with which each image is classified
+    correctly, (B,)."""
+    forward = 0 if knowledge == "fwd" else None
+    known = [image_draws(seed, index, d, forward) for d in draws]
+    return over_draws(hit_of, net, x, y, known, eot_batch)
