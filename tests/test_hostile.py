@@ -23,7 +23,7 @@ from unet import UNet
 
 TRIES = int(os.environ.get("HOSTILE", 60))
 SMALL = "--model tiny --image-size 8 --data synthetic:16 --batch-size 8 --device cpu --amp fp32"
-JUNK = [None, -1, 0, 10**12, float("nan"), "x", [], {}, [10**9], torch.zeros(3), True]
+JUNK = [None, -1, 0, 10**12, float("nan"), "x", [], {}, [10**9], torch.zeros(7), True]
 
 
 @pytest.fixture(scope="module")
