@@ -19,6 +19,7 @@ from data import image_noise
 from losses import NoiseSchedule
 from purification import (
     PurifiedClassifier,
+    following,
     gradient_of,
     image_draws,
     loss_of,
@@ -268,6 +269,27 @@ def test_known_and_unknown_noise():
     torch.testing.assert_close(
         ddim(x, fwd), ddim(x, both), rtol=0, atol=0
     )  # DDIM has no other noise
+
+
+def test_known_noise_of_another_number_of_images_is_refused():
+    """One row would else be broadcast to all, and a library that drops images get other noise."""
+    for index in (INDEX[:1], INDEX[:2]):
+        with pytest.raises(ValueError, match=r"known noise of \d images for 3"):
+            purifier()(images(), image_draws(0, index))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "gdmp", "edm-sde"])
+def test_known_noise_follows_its_image(sampler):
+    """Attacked images in another order, one left out, one twice, as APGD calls its model."""
+    clean = images()
+    net = purifier(sampler)
+    net.noise = following(clean, seed=0)
+    right = net(clean, image_draws(0, torch.arange(3)))
+    attacked = (clean + 8 / 255 * draw(3, 3, 6, 6).sign()).clamp(0, 1)
+    wanted = net(attacked, image_draws(0, torch.arange(3)))
+    assert torch.equal(net(clean), right)
+    for rows in ([2, 0], [1], [0, 0, 2, 1]):
+        torch.testing.assert_close(net(attacked[rows]), wanted[rows], rtol=1e-9, atol=1e-11)
 
 
 def test_what_the_attack_knows():
