@@ -192,7 +192,7 @@ def main():
     if rank == 0:
         methods = {name: trained.get("robust") for name, (_, _, trained) in models.items()}
         outputs.write_table(out / "table.csv", table(record))
-        panels = [scorer[1], "IS", "change_rms"] if scorer else ["noise_level", "change_rms"]
+        panels = [scorer[1], "change_rms"] if scorer else ["noise_level", "change_rms"]
         plot_curves(record, panels, args, outputs.styles(methods), out / "attack.png")
         plot_rows(pictures, runs, out / "rows.png")
         of_attacks = [d for ds in record.values() for d in ds if "checks" in d]

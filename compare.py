@@ -129,7 +129,8 @@ def shown_of(numbers):
     return [
         k
         for k in numbers
-        if k in ("noise_level", "from_clean", "IS", "recall") or k.startswith(("FID", "Fréchet"))
+        if k in ("noise_level", "from_clean", "IS", "class_score", "recall")
+        or k.startswith(("FID", "Fréchet"))
     ]
 
 
@@ -171,7 +172,11 @@ def fewer_steps(numbers, out, args):
     numbers: {(checkpoint, steps, spacing): {name: value}}
     """
     keys = shown_of(next(iter(numbers.values())))
-    titles = {"noise_level": "noise level ([-1, 1] scale)", "IS": "Inception Score"}
+    titles = {
+        "noise_level": "noise level ([-1, 1] scale)",
+        "IS": "Inception Score",
+        "class_score": "class score",
+    }
     steps = sorted(args.steps, reverse=True)
     lines = [
         f"{args.sampler}, n = {args.n}: {' / '.join(keys)}",

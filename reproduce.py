@@ -1,478 +1,338 @@
 """The tables and figures of P1, re-run as a list of commands over the other scripts.
 
-    python reproduce.py first                     # 4 minutes on 2 CPU cores: DDPM and Robust_adv on noisy butterflies
-    python reproduce.py toy --data folder:cifar10/train --test folder:cifar10/test     # CPU, 16x16, mini network, about 2 hours
-    python reproduce.py short --data cifar10 --minutes 9                               # one large GPU, in pieces; not run yet
-    python reproduce.py full --data cifar10 --inception-weights PATH                   # the published length
-    python reproduce.py toy --data folder:cifar10/train --test folder:cifar10/test --dry-run
+    python reproduce.py first               # minutes on 2 CPU cores: DDPM and Robust_adv on noisy butterflies
+    python reproduce.py toy --data folder:cifar10/train --test folder:cifar10/test  # CPU, about 2 hours
+    python reproduce.py short --data cifar10 --minutes 9                            # one large GPU, in pieces
+    python reproduce.py full --data cifar10 --inception-weights PATH                # the published length
+    python reproduce.py full --data cifar10 --dry-run
 
-A command whose result is there is skipped; a training that was stopped continues from its checkpoint: after a kill, or after
---minutes, run the same line again. Checkpoints and samples stay in --work; --out gets table.md, the figures and the records.
-In the table "as P1" says whether the row stands to DDPM on the same data as it does in the paper. The rivals: rivals.py.
+How a list is run, stopped and continued: runner.py. Checkpoints and samples stay in --work; --out
+gets table.md, the figures and the records. `short` and `full` score with Inception; `toy` trains a
+classifier first, in whose features its distances are. In the table "as P1" says whether the row
+stands to DDPM on the same data as it does in the paper. The rivals: rivals.py.
 """
 
 import argparse
 import json
-import shlex
-import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import outputs
 import runtime
-from runtime import fast_bf16
+from runner import add_arguments, check, finished, run_all
 
 SIZES = {  # n images behind each number, made in `ddpm` or `ddim` steps
     "toy": dict(
-        image="--image-size 16",
-        train="--model mini --iters 600 --sample-every 0",
+        image_size=16,
+        train="--model mini --iters 600 --sample-every 0".split(),
         n=400,
         ddpm=100,
         ddim=50,
-        classifier="--model small --epochs 8",
-        attack="--steps 50 --scale var --n 32",
-        bench="--model mini --image-size 16",
-        steps="--steps 300 100 50 --n 64",
+        classifier="--model small --epochs 8".split(),
+        attack="--steps 50 --scale var --n 32".split(),
+        bench="--model mini --image-size 16".split(),
+        steps="--steps 300 100 50 --n 64".split(),
     ),
     "short": dict(
-        image="",
-        train="--iters 5000 --ema 0.999 --warmup 500 --sample-every 0",
+        image_size=None,  # the set's own
+        train="--iters 5000 --ema 0.999 --warmup 500 --sample-every 0".split(),
         n=10_000,
         ddpm=100,
         ddim=50,
-        classifier="--model wrn-28-10 --epochs 15",
-        attack="--steps 100 --n 500",
-        bench="",
-        steps="--steps 500 300 100 --n 1000",
+        attack="--steps 100 --n 500".split(),
+        bench=[],
+        steps="--steps 500 300 100 --n 1000".split(),
     ),
     "full": dict(
-        image="",
-        train="",
+        image_size=None,  # the set's own
+        train=[],
         n=10_000,
         ddpm=1000,
         ddim=100,
-        classifier="--model wrn-28-10",
-        attack="--n 10000",
-        bench="",
-        steps="--steps 1000 500 300 100 50 --n 10000",
+        attack="--n 10000".split(),
+        bench=[],
+        steps="--steps 1000 500 300 100 50 --n 10000".split(),
     ),
 }
-FIRST = (
-    "--model mini --data synthetic --image-size 16 --p 0.9 --sigma 0.2 --iters 800 --sample-every 0"
-)
-FIRST_ADV = "--reg-last 0.2"
-FIRST_SAMPLES = "--n 64 --sampler ddpm --steps 100 --no-png"
-NOISY, MILD, CLEAN = "--p 0.9 --sigma 0.2", "--p 0.9 --sigma 0.1", ""
-PAPER = " --reg-last 1 --reg-share 1"  # Eq. 10 in every step and on every row, as P1 prints it; without: this project's own
-ROWS = [  # name, corruption, method, FID / IS of P1's Tables 1 and 2 with DDPM and with DDIM; the most telling first
-    ("none-0.9-0.2", NOISY, "--robust none", (102.68, 4.19), (105.43, 4.09)),
-    ("adv-0.9-0.2", NOISY, "--robust adv" + PAPER, (24.81, 7.07), (24.93, 6.69)),
-    ("late-0.9-0.2", NOISY, "--robust adv", None, None),
-    ("adv-eps-0.9-0.2", NOISY, "--robust adv --ray-units eps" + PAPER, None, None),
-    ("ran-0.9-0.2", NOISY, "--robust ran" + PAPER, (68.04, 4.34), None),
-    ("inv-adv-0.9-0.2", NOISY, "--robust inv-adv" + PAPER, None, None),
-    ("none-0", CLEAN, "--robust none", (7.2, 8.95), (11.62, 8.36)),
-    ("adv-0", CLEAN, "--robust adv" + PAPER, (28.68, 7.04), (31.20, 6.38)),
-    ("none-0.9-0.1", MILD, "--robust none", (58.05, 6.93), (59.28, 6.89)),
-    ("adv-0.9-0.1", MILD, "--robust adv" + PAPER, (24.70, 7.21), (25.48, 6.85)),
-    ("ran-0.9-0.1", MILD, "--robust ran" + PAPER, (79.21, 5.21), None),
+MEMORISED = 50_000  # samples of which the nearest training image is searched, in full
+FIRST = "--model mini --data synthetic --image-size 16 --p 0.9 --sigma 0.2 --sample-every 0".split()
+FIRST_STEPS = ["--iters", "800"]
+FIRST_ADV = ["--reg-last", "0.2"]
+FIRST_SAMPLES = "--n 64 --sampler ddpm --steps 100 --no-png".split()
+
+NOISY = "--p 0.9 --sigma 0.2".split()
+MILD = "--p 0.9 --sigma 0.1".split()
+CLEAN = []
+DDPM = ["--robust", "none"]
+LATE = ["--robust", "adv"]  # this project's own: in the last steps, on a share of the rows
+P1 = "--reg-last 1 --reg-share 1".split()  # Eq. 10 in every step, on every row, as P1 prints it
+ADV = ["--robust", "adv", *P1]
+RAN = ["--robust", "ran", *P1]
+INVARIANT = ["--robust", "inv-adv", *P1]
+ROWS = [  # name, corruption, method, P1's FID / IS with DDPM and with DDIM; the most telling first
+    ("none-0.9-0.2", NOISY, DDPM, (102.68, 4.19), (105.43, 4.09)),
+    ("adv-0.9-0.2", NOISY, ADV, (24.81, 7.07), (24.93, 6.69)),
+    ("late-0.9-0.2", NOISY, LATE, None, None),
+    ("adv-eps-0.9-0.2", NOISY, [*ADV, "--ray-units", "eps"], None, None),
+    ("ran-0.9-0.2", NOISY, RAN, (68.04, 4.34), None),
+    ("inv-adv-0.9-0.2", NOISY, INVARIANT, None, None),
+    ("none-0", CLEAN, DDPM, (7.2, 8.95), (11.62, 8.36)),
+    ("adv-0", CLEAN, ADV, (28.68, 7.04), (31.20, 6.38)),
+    ("none-0.9-0.1", MILD, DDPM, (58.05, 6.93), (59.28, 6.89)),
+    ("adv-0.9-0.1", MILD, ADV, (24.70, 7.21), (25.48, 6.85)),
+    ("ran-0.9-0.1", MILD, RAN, (79.21, 5.21), None),
 ]
+FULL_ROWS = [  # of P1's later version, and what it leaves out; after the others, in short and full
+    ("inv-adv-0", CLEAN, INVARIANT, (356.9, None), None),
+    ("late-0", CLEAN, LATE, None, None),
+    ("lam-0.1-0.9-0.2", NOISY, [*ADV, "--lam", "0.1"], None, None),
+    ("lam-1-0.9-0.2", NOISY, [*ADV, "--lam", "1"], None, None),
+]
+OTHER_SETS = {  # --data: P1's FID of DDPM and of Robust_adv at p 0.9, sigma 0.2; late: 25.8 on CelebA
+    "celeba": (96.03, 16.53),
+    "lsun-bedroom": (95.85, 44.27),
+}
+
+
+def image_flags(size):
+    S = SIZES[size]["image_size"]
+    return ["--image-size", str(S)] if S else []
+
+
+def rows_of(size):
+    return ROWS if size == "toy" else ROWS + FULL_ROWS
 
 
 def shared(args):
-    """-> flags of every script, flags that score samples, and the commands that must come before: Inception's stand-in."""
-    size, work = SIZES[args.size], Path(args.work)
+    """-> flags of every script, flags that score samples, and the commands that must come before."""
     common = ["--data-root", args.data_root, "--device", args.device]
+    size = SIZES[args.size]
     if args.inception_weights:
         return common, ["--fid", "--inception-weights", args.inception_weights], []
-    flags = [
-        *size["classifier"].split(),
-        "--data",
-        args.data,
-        *(["--test", args.test] if args.test else []),
-        *size["image"].split(),
-        *common,
-        "--out",
-        f"{work}/classifier",
-    ]
-    score = ["--fid", "--features", f"{work}/classifier/classifier.pt"]
-    return common, score, [(work / "classifier/metrics.json", ["classifier.py", *flags])]
+    if "classifier" not in size:  # Inception is downloaded
+        return common, ["--fid"], []
+    out = Path(args.work) / "classifier"
+    argv = ["classifier.py", *size["classifier"], "--data", args.data]
+    if args.test:
+        argv += ["--test", args.test]
+    argv += [*image_flags(args.size), *common, "--out", str(out)]
+    score = ["--fid", "--features", str(out / "classifier.pt")]
+    return common, score, [(out / "metrics.json", argv)]
+
+
+def training(args, name, flags, seed, data=None):
+    """(result, argv) of one training."""
+    size = SIZES[args.size]
+    out = Path(args.work) / name
+    common, _, _ = shared(args)
+    argv = ["train.py", *flags, *size["train"], *image_flags(args.size), "--seed", str(seed)]
+    argv += ["--data", data or args.data, *common, "--out", str(out)]
+    return out / "metrics.json", argv
+
+
+def sampling(args, name, sampler, n=None, folder=None):
+    """(result, argv) of a scored sample of that training."""
+    size = SIZES[args.size]
+    common, score, _ = shared(args)
+    run = Path(args.work) / name
+    out = run / (folder or sampler)
+    argv = ["sample.py", "--ckpt", str(run / "ckpt.pt"), "--n", str(n or size["n"])]
+    argv += ["--sampler", sampler, "--steps", str(size[sampler]), *score, "--no-png", *common]
+    return out / "metrics.json", [*argv, "--out", str(out)]
 
 
 def cell(args, name, method, corruption, seed, samplers):
-    """-> [(result that says it is done, argv)]: one training, and a sample of it by each sampler."""
-    size, work, (common, score, _) = SIZES[args.size], Path(args.work), shared(args)
-    flags = f"{method} {corruption} {size['train']} {size['image']} --seed {seed}".split()
-    todo = [
-        (
-            work / name / "metrics.json",
-            ["train.py", *flags, "--data", args.data, *common, "--out", f"{work}/{name}"],
-        )
-    ]
-    for sampler in samplers:
-        flags = f"--ckpt {work}/{name}/ckpt.pt --n {size['n']} --sampler {sampler} --steps {size[sampler]}".split()
-        todo.append(
-            (
-                work / name / sampler / "metrics.json",
-                [
-                    "sample.py",
-                    *flags,
-                    *score,
-                    "--no-png",
-                    *common,
-                    "--out",
-                    f"{work}/{name}/{sampler}",
-                ],
-            )
-        )
-    return todo
+    """A training, and a sample of it by each sampler."""
+    todo = [training(args, name, [*method, *corruption], seed)]
+    return todo + [sampling(args, name, sampler) for sampler in samplers]
 
 
 def commands(args):
-    """[(result that says it is done, argv)]; a training's result is its metrics.json at the last step."""
-    size, work, out, (common, score, todo) = (
-        SIZES[args.size],
-        Path(args.work),
-        Path(args.out),
-        shared(args),
-    )
-    data, test = ["--data", args.data], ["--test", args.test] if args.test else []
-
-    def ckpts(*names):
-        return ["--ckpt", *(f"{work}/{name}/ckpt.pt" for name in names)]
-
-    for name, corruption, method, _, _ in ROWS:
+    """[(result that says it is done, argv)]; a training's result is its record at the last step."""
+    _, _, todo = shared(args)
+    for name, corruption, method, _, _ in rows_of(args.size):
         if name not in args.skip:
             todo += cell(args, name, method, corruption, args.seed, ["ddpm", "ddim"])
-    noisy = [name for name, corruption, *_ in ROWS if corruption == NOISY and name not in args.skip]
-    pair, flags = (
-        ckpts("none-0", "adv-0"),
-        f"--sampler ddpm --steps {size['ddpm']} --n 64 --no-png".split(),
-    )
-    samples = [
-        "--samples",
-        f"{work}/none-0/ddpm",
-        f"{work}/adv-0/ddpm",
-        "--names",
-        "DDPM",
-        "Robust_adv",
-    ]
-    if noisy:
-        todo.append(
-            (
-                out / "samples/side_by_side.png",
-                ["compare.py", *ckpts(*noisy), *flags, *common, "--out", f"{out}/samples"],
-            )
-        )
-    todo += [
-        (
-            out / "attack/metrics.json",
-            [
-                "attack.py",
-                *pair,
-                *size["attack"].split(),
-                *score,
-                *common,
-                "--out",
-                f"{out}/attack",
-            ],
-        ),
-        (
-            out / "memorization/metrics.json",
-            [
-                "memorization.py",
-                *samples,
-                *data,
-                *test,
-                *size["image"].split(),
-                "--features",
-                args.memorization_features,
-                *common,
-                "--out",
-                f"{out}/memorization",
-            ],
-        ),
-        (
-            out / "bench/metrics.json",
-            [
-                "bench.py",
-                "--what",
-                "methods",
-                *size["bench"].split(),
-                "--device",
-                args.device,
-                "--out",
-                f"{out}/bench",
-            ],
-        ),
-        (
-            out / "steps/steps.md",
-            [
-                "compare.py",
-                *pair,
-                *size["steps"].split(),
-                "--spacing",
-                "respaced",
-                "naive",
-                "truncated",
-                *score,
-                "--no-png",
-                *common,
-                "--out",
-                f"{out}/steps",
-            ],
-        ),
-    ]
+    todo += figures(args)
+    if args.size == "full":
+        for data in OTHER_SETS:
+            for name, method in (("none", DDPM), ("adv", ADV), ("late", LATE)):
+                flags = [*method, *NOISY, "--model", "ddpm64"]
+                todo.append(training(args, f"{name}-{data}", flags, args.seed, data))
+                todo.append(sampling(args, f"{name}-{data}", "ddpm"))
     return todo
 
 
-def finished(done, argv=None):
-    """Is the result there? A training that was stopped leaves a record too, of an earlier step.
+def figures(args):
+    """The commands behind P1's figures, and the cost of a step."""
+    size = SIZES[args.size]
+    work = Path(args.work)
+    out = Path(args.out)
+    common, score, _ = shared(args)
+    ddpm, adv = work / "none-0", work / "adv-0"
+    pair = ["--ckpt", str(ddpm / "ckpt.pt"), str(adv / "ckpt.pt")]
+    todo = []
 
-    Raises ValueError for the record of another command than argv: other settings need another --work and --out.
-    """
-    if not done.exists():
-        return False
-    record = json.loads(done.read_text()) if done.name == "metrics.json" else {}
-    if (
-        argv
-        and record
-        and record["command"].removesuffix(" --resume") != "python " + " ".join(argv)
-    ):
-        raise ValueError(
-            f"{done}: is of `{record['command']}`, not of these settings; choose another --work and --out"
-        )
-    return "step" not in record or record["step"] >= record["args"]["iters"]
+    noisy = []
+    for name, corruption, *_ in rows_of(args.size):
+        if corruption == NOISY and name not in args.skip:
+            noisy.append(str(work / name / "ckpt.pt"))
+    if noisy:
+        argv = ["compare.py", "--ckpt", *noisy, "--sampler", "ddpm", "--steps", str(size["ddpm"])]
+        argv += ["--n", "64", "--no-png", *common, "--out", str(out / "samples")]
+        todo.append((out / "samples/side_by_side.png", argv))
 
+    argv = ["attack.py", *pair, *size["attack"], *score, *common, "--out", str(out / "attack")]
+    todo.append((out / "attack/metrics.json", argv))
 
-def run(done, argv, deadline, first=True):
-    """Runs a script to its end, or to the deadline; then it is asked to save and stop. -> whether it ended."""
-    resume = ["--resume"] if argv[0] == "train.py" and (done.parent / "ckpt.pt").exists() else []
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).resolve().parent / argv[0]), *argv[1:], *resume]
-    )
-    try:
-        code = process.wait(timeout=deadline and max(1.0, deadline - time.time()))
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        process.wait()
-        if first and argv[0] != "train.py":
-            raise ValueError(
-                f"{argv[0]}: does not fit into --minutes and cannot be continued in pieces; give more"
-            ) from None
-        return False
-    except BaseException:  # Ctrl-C has reached the command as well; SIGTERM has not
-        process.terminate()
-        process.wait()
-        raise
-    if code or not finished(done):
-        raise ValueError(
-            f"`{shlex.join(argv)}` ended with exit code {code} and without {done}; the same line again continues"
-        )
-    return True
+    folder = "ddpm"
+    if args.size == "full":
+        folder = f"ddpm-{MEMORISED}"
+        for name in ("none-0", "adv-0"):
+            todo.append(sampling(args, name, "ddpm", MEMORISED, folder))
+    argv = ["memorization.py", "--samples", str(ddpm / folder), str(adv / folder)]
+    argv += ["--names", "DDPM", "Robust_adv", "--data", args.data, *image_flags(args.size)]
+    if args.test:
+        argv += ["--test", args.test]
+    argv += ["--features", args.memorization_features, *common]
+    todo.append((out / "memorization/metrics.json", [*argv, "--out", str(out / "memorization")]))
+
+    argv = ["bench.py", "--what", "methods", *size["bench"], "--device", args.device]
+    todo.append((out / "bench/metrics.json", [*argv, "--out", str(out / "bench")]))
+
+    argv = ["compare.py", *pair, *size["steps"], "--spacing", "respaced", "naive", "truncated"]
+    argv += [*score, "--no-png", *common, "--out", str(out / "steps")]
+    todo.append((out / "steps/steps.md", argv))
+    return todo
 
 
 def first(args):
-    """The claim in a few minutes: DDPM and Robust_adv on equal images, seeds and steps, then their samples in one picture."""
-    out, device = args.out or "first", ["--device", args.device]
-    todo, names = [], ("DDPM", "Robust_adv")
-    for name, method in zip(names, (["none"], ["adv", *FIRST_ADV.split()])):
-        flags = [
-            "--robust",
-            *method,
-            *FIRST.split(),
-            "--seed",
-            str(args.seed),
-            "--amp",
-            "bf16" if fast_bf16() else "auto",
-        ]
-        todo.append(
-            (
-                Path(out, name, "metrics.json"),
-                ["train.py", *flags, *device, "--out", f"{out}/{name}"],
-            )
-        )
-    samples = [
-        "compare.py",
-        "--ckpt",
-        *(f"{out}/{name}" for name in names),
-        *FIRST_SAMPLES.split(),
-        *device,
-        "--out",
-        out,
-    ]
-    return [*todo, (Path(out, "side_by_side.png"), samples)]
+    """The claim in minutes: DDPM and Robust_adv on equal images, seeds and steps, in one picture."""
+    device = ["--device", args.device]
+    methods = {"DDPM": DDPM, "Robust_adv": [*LATE, *FIRST_ADV]}
+    todo = []
+    for name, method in methods.items():
+        out = Path(args.out) / name
+        argv = ["train.py", *method, *FIRST, *FIRST_STEPS, "--seed", str(args.seed), *device]
+        todo.append((out / "metrics.json", [*argv, "--out", str(out)]))
+    ckpts = [str(Path(args.out) / name) for name in methods]
+    argv = ["compare.py", "--ckpt", *ckpts, *FIRST_SAMPLES, *device, "--out", args.out]
+    return [*todo, (Path(args.out) / "side_by_side.png", argv)]
 
 
-def run_all(todo, args):
-    """Runs what is not done, for --minutes if given. -> whether all is done; with --dry-run nothing is run."""
-    if args.dry_run:
-        print(
-            "\n".join(
-                f"{'done ' if finished(done, argv) else '     '} python {shlex.join(argv)}"
-                for done, argv in todo
-            )
-        )
-        return False
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # passes through run(), which stops the command
-    deadline, first = args.minutes and time.time() + 60 * args.minutes, True
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    for i, (done, argv) in enumerate(todo):
-        if finished(done, argv):
-            continue
-        print(f"[{i + 1}/{len(todo)}] python {shlex.join(argv)}", flush=True)
-        if deadline and time.time() >= deadline or not run(done, argv, deadline, first):
-            print(f"{args.minutes:g} minutes are over; the same line again continues")
-            return False
-        first = False
-    return True
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the table
 
 
-def table(args):
-    """-> lines of markdown: P1's numbers beside ours, row by row; copies the records to --out."""
-    work, out = Path(args.work), Path(args.out)
+def read_records(args):
+    """{(row, "train" | "ddpm" | "ddim"): its record}; all of them are copied into OUT/records.json."""
     records = {}
-    for name, *_ in ROWS:
-        for kind, path in (
-            ("train", work / name),
-            ("ddpm", work / name / "ddpm"),
-            ("ddim", work / name / "ddim"),
-        ):
-            if finished(path / "metrics.json"):
-                records[name, kind] = json.loads((path / "metrics.json").read_text())
-                (out / "records").mkdir(parents=True, exist_ok=True)
-                shutil.copy(path / "metrics.json", out / "records" / f"{name}-{kind}.json")
-    distance = next(
-        (k for r in records.values() for k in r if k.startswith(("FID", "Fréchet"))), "FID"
-    )
+    for name, *_ in rows_of(args.size):
+        for kind in ("train", "ddpm", "ddim"):
+            folder = Path(args.work) / name
+            path = (folder if kind == "train" else folder / kind) / "metrics.json"
+            if finished(path):
+                records[name, kind] = json.loads(path.read_text())
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    together = {" ".join(key): record for key, record in records.items()}
+    (Path(args.out) / "records.json").write_text(json.dumps(together, indent=1) + "\n")
+    return records
+
+
+def scores(records, name, sampler, distance):
+    """(distance, class score) of a sample, or None where it was not made."""
+    record = records.get((name, sampler))
+    return record and (record[distance], record.get("IS", record.get("class_score")))
+
+
+def as_paper(ours, ours_plain, paper, paper_plain):
+    """Whether a row lies on the side of DDPM on which P1 has it: "yes", "no", or None if unknown."""
+    if not (ours and ours_plain and paper and paper_plain):
+        return None
+    return "yes" if (ours[0] < ours_plain[0]) == (paper[0] < paper_plain[0]) else "no"
+
+
+def number(pair):
+    return " / ".join(f"{v:.4g}" for v in pair if v is not None) if pair else "-"
+
+
+def table(args):
+    """-> lines of markdown: P1's numbers beside ours, row by row."""
+    records = read_records(args)
+    names = {key for record in records.values() for key in record}
+    distance = min((k for k in names if k.startswith(("FID", "Fréchet"))), default="FID")
+    score = "IS" if distance == "FID" else "class score"
     lines = [
-        f"| row | FID / IS, P1: DDPM | DDIM | {distance} / IS, here: DDPM | DDIM | noise left: DDPM | DDIM "
-        "| as P1: DDPM, DDIM |",
+        f"| row | FID / IS, P1: DDPM | DDIM | {distance} / {score}, here: DDPM | DDIM "
+        "| noise left: DDPM | DDIM | as P1: DDPM, DDIM |",
         "|---|---|---|---|---|---|---|---|",
     ]
-
-    def number(pair):
-        return " / ".join(f"{v:.4g}" for v in pair) if pair else "-"
-
-    def here(name, sampler):
-        r = records.get((name, sampler))
-        return (r[distance], r["IS"]) if r else None
-
-    for name, corruption, _, ddpm, ddim in ROWS:
+    for name, corruption, _, *paper in rows_of(args.size):
         plain = next(row for row in ROWS if row[1] == corruption)  # DDPM on the same data
-        verdict = []
-        for sampler, paper, paper_plain in (("ddpm", ddpm, plain[3]), ("ddim", ddim, plain[4])):
-            ours, ours_plain = here(name, sampler), here(plain[0], sampler)
-            if name.startswith("inv"):  # P1 has no number for it here; it must do worse
-                paper, paper_plain = (1,), (0,)
-            if name != plain[0] and paper and ours and ours_plain:
-                verdict.append(
-                    "yes" if (ours[0] < ours_plain[0]) == (paper[0] < paper_plain[0]) else "no"
-                )
-        noise = [
-            f"{records[name, s]['noise_level']:.3f}" if (name, s) in records else "-"
-            for s in ("ddpm", "ddim")
-        ]
-        ran = (name, "ddpm") in records or (name, "ddim") in records
-        cells = [
-            name,
-            number(ddpm),
-            number(ddim),
-            number(here(name, "ddpm")),
-            number(here(name, "ddim")),
-            *noise,
-            (", ".join(verdict) or "-") if ran else "not run",
-        ]
+        ours, noise, verdicts = [], [], []
+        for sampler, theirs, theirs_plain in zip(("ddpm", "ddim"), paper, plain[3:]):
+            found = scores(records, name, sampler, distance)
+            found_plain = scores(records, plain[0], sampler, distance)
+            if name.startswith("inv"):  # P1 has no number for most; it must do worse
+                theirs, theirs_plain = (1,), (0,)
+            if name != plain[0]:
+                verdicts.append(as_paper(found, found_plain, theirs, theirs_plain))
+            ours.append(number(found))
+            noise.append(f"{records[name, sampler]['noise_level']:.3f}" if found else "-")
+        verdict = ", ".join(v for v in verdicts if v) or "-"
+        if ours == ["-", "-"]:
+            verdict = "not run"
+        cells = [name, *map(number, paper), *ours, *noise, verdict]
         lines.append(f"| {' | '.join(cells)} |")
-    steps = [r.get("step") for (_, kind), r in records.items() if kind == "train"]
-    n = sorted({r["n"] for (_, kind), r in records.items() if kind != "train"})
-    hardware = sorted({r["device"] for r in records.values()})
-    lines += [
-        "",
-        f"Size `{args.size}`, seed {args.seed}; {' or '.join(map(str, sorted(set(steps))))} training steps; "
-        f"{', '.join(map(str, n))} samples per number; {'; '.join(hardware)}. The noise of the training images is in "
-        "samples/table.csv.",
-    ]
-    return lines
+    return [*lines, "", footnote(args, records)]
 
 
-def add_arguments(parser, sizes):
-    """The flags that every list of commands shares."""
-    add = parser.add_argument
-    add("size", choices=sizes)
-    add(
-        "--data",
-        default="cifar10",
-        metavar="NAME",
-        help="cifar10 | folder:PATH | synthetic, as in train.py",
+def footnote(args, records):
+    steps = {str(r.get("step")) for (_, kind), r in records.items() if kind == "train"}
+    n = {str(r["n"]) for (_, kind), r in records.items() if kind != "train"}
+    hardware = {r["device"] for r in records.values()}
+    return (
+        f"Size `{args.size}`, seed {args.seed}; {' or '.join(sorted(steps))} training steps; "
+        f"{', '.join(sorted(n))} samples per number; {'; '.join(sorted(hardware))}. "
+        "The noise of the training images is in samples/table.csv."
     )
-    add("--test", metavar="NAME", help="held-out images, for folder:PATH")
-    add("--data-root", default="data")
-    add(
-        "--inception-weights",
-        metavar="PATH",
-        help="FID and IS with Inception; default: a classifier trained first",
-    )
-    add("--minutes", type=float, help="stop after so long; the same line continues")
-    add("--dry-run", action="store_true", help="print the commands and what is done")
-    add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
-    add("--seed", type=int, default=0)
-    add("--work", help="checkpoints and samples; default runs/SIZE")
 
 
-def check(args):
-    args.work = args.work or f"runs/{args.size}"
-    if args.data.startswith("folder:") and not args.test:
-        raise ValueError("--data folder:PATH: give --test folder:PATH as well")
-    if args.minutes is not None and not args.minutes > 0:
-        raise ValueError(f"--minutes {args.minutes}: must be above 0")
-
-
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    names = [name for name, *_ in ROWS + FULL_ROWS]
     add_arguments(parser, ["first", *SIZES])
-    add(
-        "--memorization-features",
-        help="dinov2 (default of full) | pixels | a checkpoint of classifier.py",
-    )
-    add(
-        "--skip",
-        nargs="+",
-        default=[],
-        choices=[name for name, *_ in ROWS],
-        metavar="ROW",
-        help="rows not to run",
-    )
+    add("--memorization-features", help="dinov2 (default of full) | pixels | a classifier's file")
+    add("--skip", nargs="+", default=[], choices=names, metavar="ROW", help="rows not to run")
     add("--out", help="default WORK/results")
     args = parser.parse_args()
     if args.size == "first":
         args.out = args.out or "first"
+        return args
+    check(args)
+    if args.memorization_features is None:
+        args.memorization_features = "dinov2" if args.size == "full" else "pixels"
+    elif args.memorization_features not in ("dinov2", "pixels"):
+        if not Path(args.memorization_features).is_file():
+            raise ValueError(f"--memorization-features {args.memorization_features}: no such file")
+    args.out = args.out or f"{args.work}/results"  # not results/, which holds the README's runs
+    for name in ("none-0", "adv-0"):
+        if name in args.skip:
+            raise ValueError(f"--skip {name}: the attack, memorisation and fewer steps need it")
+    return args
+
+
+def main():
+    args = parse_args()
+    if args.size == "first":  # its folder is compare.py's
         if run_all(first(args), args):
             print(f"-> {args.out}/side_by_side.png")
         return
-    check(args)
-    args.memorization_features = args.memorization_features or (
-        "dinov2" if args.size == "full" else "pixels"
-    )
-    args.out = (
-        args.out or f"{args.work}/results"
-    )  # not results/, which holds the runs of the README
-    needed = {"none-0", "adv-0"} & set(args.skip)
-    if needed:
-        raise ValueError(
-            f"--skip {needed.pop()}: the attack, memorisation and fewer-steps figures need it"
-        )
+    if not args.dry_run:
+        outputs.claim(args.out)
     todo = commands(args)
     started = time.time()
     if not run_all(todo, args):

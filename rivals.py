@@ -1,20 +1,21 @@
 """Rivals that also know nothing: when is adversarial training the right choice?
 
-    python rivals.py toy --data folder:cifar10/train --test folder:cifar10/test   # CPU, 16x16, mini network, about 3 hours
-    python rivals.py full --data cifar10 --inception-weights PATH                 # the published length; not run yet
+    python rivals.py toy --data folder:cifar10/train --test folder:cifar10/test  # CPU, about 3 hours
+    python rivals.py full --data cifar10 --inception-weights PATH                # the published length
 
-The claim put to the test (P1): Robust_adv learns clean images from faulty ones and is told nothing about the fault. Nor are
-these: the pseudo-Huber loss, Ambient training with the noise estimated per image, and leaving out the images that are judged
-noisy. Six methods on seven faults of the training images, each fixed per image; every method has the same network, images,
-seeds and steps, those of `reproduce.py SIZE`, whose runs are used where they are the same. As there, what is done is skipped.
+The claim put to the test (P1): Robust_adv learns clean images from faulty ones and is told nothing
+about the fault. Nor are these: the pseudo-Huber loss, Ambient training with the noise estimated per
+image, and leaving out the images that are judged noisy. Six methods on seven faults of the training
+images, each fixed per image; every method has the same network, images, seeds and steps, those of
+`reproduce.py SIZE`, whose runs are used where they are the same. As there, what is done is skipped.
 
-Leaves --out/table.md, rivals.png, samples.png, records/ and metrics.json: Fréchet distance to the clean images, noise left,
-and the share of the samples that metrics.judged_faulty takes for faulty images.
+Leaves --out/table.md, rivals.png, samples.png, records.json and metrics.json: Fréchet distance to
+the clean images, noise left, and the share of the samples that metrics.judged_faulty takes for
+faulty images.
 """
 
 import argparse
 import json
-import shutil
 import time
 from pathlib import Path
 
@@ -23,10 +24,13 @@ import numpy as np
 import torch
 
 import metrics
+import outputs
 import runtime
 from compare import pictures, some_of
 from data import FOREIGN, CorruptedImages, load_images, to_float
-from reproduce import CLEAN, NOISY, PAPER, SIZES, add_arguments, cell, check, run_all, shared
+from outputs import METHOD_STYLE
+from reproduce import ADV, CLEAN, DDPM, NOISY, RAN, SIZES, cell, shared
+from runner import add_arguments, check, run_all
 from runtime import setup
 from sample import features_network
 
@@ -34,12 +38,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 METHODS = {
-    "none": "--robust none",
-    "ran": "--robust ran" + PAPER,
-    "adv": "--robust adv" + PAPER,
-    "huber": "--robust huber",
-    "ambient": "--robust ambient",
-    "drop": "--drop-noisy",
+    "none": DDPM,
+    "ran": RAN,
+    "adv": ADV,
+    "huber": ["--robust", "huber"],
+    "ambient": ["--robust", "ambient"],
+    "drop": ["--drop-noisy"],
 }
 FAULTS = [  # p, --corrupt, sigma, further seeds
     (0.9, "gauss", 0.2, 1),
@@ -55,60 +59,64 @@ OFF = (0.8, 1.2)  # the estimated sigma times this, in Ambient training on the f
 
 def name_of(method, p, kind, sigma, k=0):
     """The folder of one training; k = 0 is the first seed."""
-    return (
-        f"{method}-{p}"
-        + f"-{kind}" * (kind != "gauss")
-        + f"-{sigma}" * (sigma > 0)
-        + f"-seed{k}" * (k > 0)
-    )
+    parts = [method, str(p)]
+    if kind != "gauss":
+        parts.append(kind)
+    if sigma > 0:
+        parts.append(str(sigma))
+    if k > 0:
+        parts.append(f"seed{k}")
+    return "-".join(parts)
 
 
 def clean_name(k):
     return name_of("none", 0, "gauss", 0, k)
 
 
+def flags_of(p, kind, sigma):
+    """The flags of a fault."""
+    flags = ["--p", str(p)]
+    if sigma > 0:
+        flags += ["--sigma", str(sigma)]
+    if kind != "gauss":
+        flags += ["--corrupt", kind]
+    return flags
+
+
+def seeds():
+    """The numbers of the seeds; not every fault has all of them."""
+    return range(1 + max(more for *_, more in FAULTS))
+
+
 def commands(args):
     """[(result that says it is done, argv)], the first seed of all faults first."""
     *_, todo = shared(args)
-    for k in range(1 + max(more for *_, more in FAULTS)):
+    for k in seeds():
         todo += cell(args, clean_name(k), METHODS["none"], CLEAN, args.seed + k, ["ddpm"])
         for p, kind, sigma, more in FAULTS:
-            corruption = (
-                f"--p {p}"
-                + f" --sigma {sigma}" * (sigma > 0)
-                + f" --corrupt {kind}" * (kind != "gauss")
-            )
-            for method, flags in METHODS.items() if k <= more else ():
-                todo += cell(
-                    args,
-                    name_of(method, p, kind, sigma, k),
-                    flags,
-                    corruption,
-                    args.seed + k,
-                    ["ddpm"],
-                )
+            if k > more:
+                continue
+            for method, flags in METHODS.items():
+                name = name_of(method, p, kind, sigma, k)
+                todo += cell(args, name, flags, flags_of(p, kind, sigma), args.seed + k, ["ddpm"])
     for x in OFF:
-        todo += cell(
-            args,
-            name_of(f"ambient-x{x}", *FAULTS[0][:3]),
-            f"--robust ambient --sigma-scale {x}",
-            NOISY,
-            args.seed,
-            ["ddpm"],
-        )
+        name = name_of(f"ambient-x{x}", *FAULTS[0][:3])
+        method = ["--robust", "ambient", "--sigma-scale", str(x)]
+        todo += cell(args, name, method, NOISY, args.seed, ["ddpm"])
     return todo
 
 
 def read_records(todo, args):
-    """The record of every sample, by the folder of its training; all records are copied to OUT/records."""
-    records = {}
-    (Path(args.out) / "records").mkdir(parents=True, exist_ok=True)
+    """The record of every sample, by the folder of its training; all of them are in OUT/records.json."""
+    together, samples = {}, {}
     for done, _ in todo:
-        parts = done.relative_to(args.work).parts[:-1]
-        shutil.copy(done, Path(args.out) / "records" / f"{'-'.join(parts)}.json")
-        if parts[-1] == "ddpm":
-            records[parts[0]] = json.loads(done.read_text())
-    return records
+        *folders, _ = done.relative_to(args.work).parts
+        record = json.loads(done.read_text())
+        together[" ".join(folders)] = record
+        if folders[-1] == "ddpm":
+            samples[folders[0]] = record
+    (Path(args.out) / "records.json").write_text(json.dumps(together, indent=1) + "\n")
+    return samples
 
 
 def sampled(name, args):
@@ -117,24 +125,21 @@ def sampled(name, args):
 
 
 def judge(images, args):
-    """{(fault, k): shares judged faulty of clean images, faulty images, samples of DDPM on clean images, of each method}."""
-    device, shares = setup(args.device)[0], {}
-    network, *_ = features_network(
-        None if args.inception_weights else f"{args.work}/classifier/classifier.pt",
-        args.inception_weights,
-    )
+    """{(fault, k): shares judged faulty of clean images, faulty images, samples of DDPM on clean
+    images, samples of each method}."""
+    device, _, _ = setup(args.device)
+    own = None if args.inception_weights else f"{args.work}/classifier/classifier.pt"
+    network, *_ = features_network(own, args.inception_weights)
 
     def features(x):  # uint8 (n, S, S, 3) -> (n, d)
         return metrics.extract(network, x, device=device)[0].astype(np.float64)
 
     index = some_of(len(images), 8000)
-    index = index[
-        np.unique(index % FOREIGN, return_index=True)[1]
-    ]  # --corrupt class repeats its images
+    _, once = np.unique(index % FOREIGN, return_index=True)  # --corrupt class repeats its images
+    index = index[once]
     clean = features(np.array(images[index]))
-    baseline = [
-        features(sampled(clean_name(k), args)) for k in range(1 + max(more for *_, more in FAULTS))
-    ]
+    baseline = [features(sampled(clean_name(k), args)) for k in seeds()]
+    shares = {}
     for fault in FAULTS:
         p, kind, sigma, more = fault
         data = CorruptedImages(images, None, 1.0, sigma, args.seed, corrupt=kind)
@@ -182,36 +187,28 @@ def table(records, shares, distance, first_seed):
 
 
 def plot(records, shares, distance, path):
-    """Above the distances, below the shares judged faulty: a panel per fault, a point per method and seed."""
+    """Above the distances, below the shares judged faulty: a panel a fault, a point a method and seed."""
     fig, axes = plt.subplots(
         2, len(FAULTS), figsize=(13, 5), layout="constrained", sharex=True, squeeze=False
     )
+    colours = [METHOD_STYLE[method][0] for method in METHODS]
+    labels = [METHOD_STYLE[method][1] for method in METHODS]
     for (fault, k), (_, _, base, *each) in shares.items():
-        names = [name_of(m, *fault[:3], k) for m in METHODS]
-        for ax, values, clean in zip(
-            axes[:, FAULTS.index(fault)],
-            ([records[name][distance] for name in names], each),
-            (records[clean_name(k)][distance], base),
-        ):
-            ax.scatter(
-                range(len(names)),
-                values,
-                s=45,
-                c=runtime.COLOURS[: len(names)],
-                marker="os^v"[k % 4],
-            )
-            ax.axhline(clean, color="grey", ls=["--", ":"][k % 2], lw=1)
-            ax.set_xticks(range(len(METHODS)), METHODS, rotation=60)
+        distances = [records[name_of(m, *fault[:3], k)][distance] for m in METHODS]
+        above, below = axes[:, FAULTS.index(fault)]
+        clean = records[clean_name(k)][distance]
+        for ax, values, line in ((above, distances, clean), (below, each, base)):
+            ax.scatter(range(len(METHODS)), values, s=45, c=colours, marker="os^v"[k % 4])
+            ax.axhline(line, color="grey", ls=["--", ":"][k % 2], lw=1)
+            ax.set_xticks(range(len(METHODS)), labels, rotation=60)
             ax.grid(alpha=0.3)
     for (above, below), fault in zip(axes.T, FAULTS):
         above.set_title(title_of(*fault).replace(", ", "\n"), fontsize=10)
         below.set_ylim(-0.03, 1.03)
     axes[0, 0].set_ylabel(distance.replace(" in ", "\nin "))
     axes[1, 0].set_ylabel("share judged faulty")
-    fig.suptitle(
-        "A point per seed (circle, square); lines: DDPM trained on clean images with that seed",
-        fontsize=10,
-    )
+    title = "A point per seed (circle, square); lines: DDPM trained on clean images with that seed"
+    fig.suptitle(title, fontsize=10)
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
@@ -224,16 +221,16 @@ def plot_samples(images, args, path):
     index = some_of(len(images), 12)
     for column, (p, kind, sigma, more) in zip(axes.T, FAULTS):
         rows = [CorruptedImages(images, None, p, sigma, args.seed, corrupt=kind).batch(index)]
-        rows += [
-            to_float(torch.from_numpy(sampled(name_of(m, p, kind, sigma), args)[:12]))
-            for m in METHODS
-        ]
+        for method in METHODS:
+            samples = sampled(name_of(method, p, kind, sigma), args)[:12]
+            rows.append(to_float(torch.from_numpy(samples)))
         for ax, x in zip(column, rows):
             ax.imshow(pictures(x, nrow=4))
             ax.set(xticks=[], yticks=[])
         column[0].set_title(title_of(p, kind, sigma, more), fontsize=10)
-    for ax, name in zip(axes[:, 0], ["trained on", *METHODS]):
-        ax.set_ylabel(name)
+    for ax, method in zip(axes[1:, 0], METHODS):
+        ax.set_ylabel(METHOD_STYLE[method][1])
+    axes[0, 0].set_ylabel("trained on")
     fig.savefig(path, dpi=75)
     plt.close(fig)
 
@@ -247,22 +244,24 @@ def main():
     args = parser.parse_args()
     check(args)
     args.out = args.out or f"{args.work}/rivals"
-    started, todo = time.time(), commands(args)
+    if not args.dry_run:
+        outputs.claim(args.out)
+    started = time.time()
+    todo = commands(args)
     if not run_all(todo, args):
         return
-    records, out = read_records(todo, args), Path(args.out)
-    images, _ = load_images(
-        args.data, int((SIZES[args.size]["image"].split() or [0, 32])[-1]), root=args.data_root
-    )
+    records = read_records(todo, args)
+    out = Path(args.out)
+    images, _ = load_images(args.data, SIZES[args.size]["image_size"], root=args.data_root)
     shares = judge(images, args)
     distance = next(key for key in records[clean_name(0)] if key.startswith(("FID", "Fréchet")))
     lines = table(records, shares, distance, args.seed)
     (out / "table.md").write_text("\n".join(lines) + "\n")
     plot(records, shares, distance, out / "rivals.png")
     plot_samples(images, args, out / "samples.png")
-    runtime.write_metrics(
-        out, started, seed=args.seed, device=setup(args.device)[0], n=len(records), table=lines
-    )
+    device, _, _ = setup(args.device)
+    n = len(records)
+    runtime.write_metrics(out, started, seed=args.seed, device=device, n=n, table=lines)
     print("\n".join(lines))
 
 

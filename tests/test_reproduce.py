@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import reproduce
+import runner
 
 ROOT = Path(reproduce.__file__).parent
 
@@ -36,8 +37,38 @@ def test_every_flag_exists(tmp_path, size):
     for _, (script, *flags) in reproduce.commands(arguments(tmp_path, size, test="folder:x")):
         source = (ROOT / script).read_text()
         source += shared if "add_arguments(parser)" in source else ""
+        source += (ROOT / "bench.py").read_text() if script == "bench.py" else ""
         for flag in (f.replace("--no-png", "--png") for f in flags if f.startswith("--")):
             assert f'"{flag}"' in source, (script, flag)
+
+
+def test_paths_with_spaces_stay_whole(tmp_path):
+    args = arguments(tmp_path / "my runs", data="folder:my images", test="folder:my test")
+    flags = [flag for _, argv in reproduce.commands(args) for flag in argv]
+    assert "folder:my images" in flags and not any(flag.startswith("images") for flag in flags)
+    assert all(" " not in flag or "my " in flag for flag in flags)
+
+
+@pytest.mark.parametrize("size", ["short", "full"])
+def test_only_inception_is_called_fid(tmp_path, size):
+    """Never a stand-in under that name, with or without a local copy of the weights."""
+    for weights in (None, "w.pth"):
+        todo = reproduce.commands(arguments(tmp_path, size, inception_weights=weights))
+        assert not any("--features" in argv for _, argv in todo if argv[0] != "memorization.py")
+        assert not any(argv[0] == "classifier.py" for _, argv in todo)
+
+
+def test_full_holds_what_the_tables_of_p1_need(tmp_path):
+    todo = [argv for _, argv in reproduce.commands(arguments(tmp_path, "full"))]
+    lines = [" ".join(argv) for argv in todo]
+    for data in ("celeba", "lsun-bedroom"):
+        trained = [line for line in lines if f"--data {data} " in line and line[:5] == "train"]
+        assert len(trained) == 3 and all("--model ddpm64" in line for line in trained)
+    memorised = [line for line in lines if "--n 50000" in line]
+    assert len(memorised) == 2 and all(line.startswith("sample.py") for line in memorised)
+    assert any("naive truncated" in line and " 500 " in line for line in lines)
+    for flag in ("--lam 0.1", "--lam 1 ", "--robust inv-adv --reg-last 1 --reg-share 1 --seed"):
+        assert any(flag in line for line in lines), flag
 
 
 def test_inception_replaces_the_classifier(tmp_path):
@@ -56,15 +87,15 @@ def record(path, **numbers):
 
 
 def test_finished(tmp_path):
-    assert not reproduce.finished(tmp_path / "metrics.json")
-    assert not reproduce.finished(record(tmp_path / "metrics.json", step=7, args=dict(iters=8)))
-    assert reproduce.finished(record(tmp_path / "metrics.json", step=8, args=dict(iters=8)))
+    assert not runner.finished(tmp_path / "metrics.json")
+    assert not runner.finished(record(tmp_path / "metrics.json", step=7, args=dict(iters=8)))
+    assert runner.finished(record(tmp_path / "metrics.json", step=8, args=dict(iters=8)))
     other = record(
         tmp_path / "b/metrics.json", FID=3.2, command="python train.py --seed 0 --resume"
     )
-    assert reproduce.finished(other) and reproduce.finished(other, ["train.py", "--seed", "0"])
+    assert runner.finished(other) and runner.finished(other, ["train.py", "--seed", "0"])
     with pytest.raises(ValueError, match="not of these settings"):
-        reproduce.finished(other, ["train.py", "--seed", "1"])
+        runner.finished(other, ["train.py", "--seed", "1"])
 
 
 def test_table_verdicts(tmp_path):
@@ -81,7 +112,7 @@ def test_table_verdicts(tmp_path):
         record(
             tmp_path / f"runs/{name}/ddpm/metrics.json",
             **{"Fréchet distance in c.pt features": distance},
-            IS=2.0,
+            class_score=2.0,
             n=4,
             noise_level=0.1,
             device="cpu",
@@ -102,7 +133,8 @@ def test_table_verdicts(tmp_path):
         "ran-0.9-0.1": "not run",
     }
     assert "102.7 / 4.19" in lines[2] and "90 / 2" in lines[2] and "0.100" in lines[2]
-    assert (tmp_path / "results/records/adv-0-ddpm.json").exists()
+    records = json.loads((tmp_path / "results/records.json").read_text())
+    assert records["adv-0 ddpm"]["class_score"] == 2
 
 
 def test_stops_and_continues(tmp_path):
@@ -121,15 +153,15 @@ def test_stops_and_continues(tmp_path):
         "train.py --model mini --image-size 8 --data synthetic:64 --batch-size 4 --iters {} --sample-every 0 "
         f"--device cpu --data-root {tmp_path} --out {out}"
     )
-    assert not reproduce.run(out / "metrics.json", argv.format(100_000).split(), Deadline(1))
+    assert not runner.run(out / "metrics.json", argv.format(100_000).split(), Deadline(1))
     stopped = json.loads((out / "metrics.json").read_text())["step"]
     assert 0 < stopped < 100_000
-    assert reproduce.run(out / "metrics.json", argv.format(stopped + 2).split(), None)
+    assert runner.run(out / "metrics.json", argv.format(stopped + 2).split(), None)
     assert json.loads((out / "metrics.json").read_text())["step"] == stopped + 2
     with pytest.raises(ValueError, match="without .*none/metrics.json"):
-        reproduce.run(tmp_path / "none/metrics.json", ["losses.py"], None)
+        runner.run(tmp_path / "none/metrics.json", ["losses.py"], None)
     with pytest.raises(ValueError, match="--minutes"):
-        reproduce.run(
+        runner.run(
             tmp_path / "none/metrics.json",
             ["sample.py", "--ckpt", f"{out}/ckpt.pt", "--device", "cpu"],
             time.time(),
@@ -140,7 +172,9 @@ def test_stops_and_continues(tmp_path):
     "flags, message",
     [
         ("toy --data folder:x", "--test"),
-        ("toy --minutes 0", "--minutes 0"),
+        ("toy --data folder:x --test folder:x", "no such folder"),
+        ("full --inception-weights nowhere", "no such file"),
+        ("toy --memorization-features nowhere", "no such file"),
         ("toy --skip adv-0", "--skip adv-0"),
     ],
 )

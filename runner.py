@@ -1,0 +1,120 @@
+"""A resumable list of commands over the other scripts: [(result that says it is done, argv)].
+
+A command whose result is there is skipped; a training that was stopped continues from its
+checkpoint. So after a kill, or after --minutes, the same line goes on.
+"""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from runtime import between
+
+HERE = Path(__file__).resolve().parent
+
+
+def add_arguments(parser, sizes):
+    """The flags that every list of commands shares."""
+    add = parser.add_argument
+    add("size", choices=sizes)
+    add("--data", default="cifar10", metavar="NAME", help="as in train.py")
+    add("--test", metavar="NAME", help="held-out images, for folder:PATH")
+    add("--data-root", default="data")
+    add("--inception-weights", metavar="PATH", help="FID and IS by a local copy of Inception")
+    add(
+        "--minutes", type=between(0, above=True), help="stop after so long; the same line continues"
+    )
+    add("--dry-run", action="store_true", help="print the commands and what is done")
+    add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
+    add("--seed", type=between(0, kind=int), default=0)
+    add("--work", help="checkpoints and samples; default runs/SIZE")
+
+
+def check(args):
+    """Refuse what a late command would refuse, before the first; fills in --work."""
+    args.work = args.work or f"runs/{args.size}"
+    if args.data.startswith("folder:") and not args.test:
+        raise ValueError("--data folder:PATH: give --test folder:PATH as well")
+    for flag, name in (("--data", args.data), ("--test", args.test or "")):
+        kind, _, path = name.partition(":")
+        if kind == "folder" and not Path(path).is_dir():
+            raise ValueError(f"{flag} {name}: no such folder")
+    if args.inception_weights and not Path(args.inception_weights).is_file():
+        raise ValueError(f"--inception-weights {args.inception_weights}: no such file")
+
+
+def finished(done, argv=None):
+    """Is the result there? A training that was stopped leaves a record too, of an earlier step.
+
+    Raises ValueError for the record of another command than argv.
+    """
+    if not done.exists():
+        return False
+    record = json.loads(done.read_text()) if done.name == "metrics.json" else {}
+    if argv and record:
+        found = record["command"].removesuffix(" --resume")
+        if found != "python " + " ".join(argv):
+            raise ValueError(
+                f"{done}: is of `{found}`, not of these settings; choose another --work and --out"
+            )
+    return "step" not in record or record["step"] >= record["args"]["iters"]
+
+
+def run(done, argv, deadline, first=True):
+    """Runs a script to its end, or to the deadline; then it is asked to save and stop.
+
+    -> whether it ended.
+    """
+    resumes = argv[0] == "train.py" and (done.parent / "ckpt.pt").exists()
+    command = [sys.executable, str(HERE / argv[0]), *argv[1:]]
+    process = subprocess.Popen(command + ["--resume"] if resumes else command)
+    try:
+        code = process.wait(timeout=deadline and max(1.0, deadline - time.time()))
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.wait()
+        if first and argv[0] != "train.py":
+            raise ValueError(
+                f"{argv[0]}: does not fit into --minutes and cannot be continued in pieces; give more"
+            ) from None
+        return False
+    except BaseException:  # Ctrl-C has reached the command as well; SIGTERM has not
+        process.terminate()
+        process.wait()
+        raise
+    if code or not finished(done):
+        raise ValueError(
+            f"`{shlex.join(argv)}` ended with exit code {code} and without {done}; the same line "
+            "again continues"
+        )
+    return True
+
+
+def run_all(todo, args):
+    """Runs what is not done, for --minutes if given -> whether all is done; --dry-run prints it."""
+    if args.dry_run:
+        for done, argv in todo:
+            print(f"{'done ' if finished(done, argv) else '     '} python {shlex.join(argv)}")
+        return False
+    signal.signal(signal.SIGTERM, stop)
+    deadline = args.minutes and time.time() + 60 * args.minutes
+    first = True
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    for i, (done, argv) in enumerate(todo):
+        if finished(done, argv):
+            continue
+        print(f"[{i + 1}/{len(todo)}] python {shlex.join(argv)}", flush=True)
+        if deadline and time.time() >= deadline or not run(done, argv, deadline, first):
+            print(f"{args.minutes:g} minutes are over; the same line again continues")
+            return False
+        first = False
+    return True
+
+
+def stop(number, frame):
+    """Passes through `run`, which stops its command."""
+    sys.exit(128 + number)
