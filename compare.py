@@ -1,20 +1,23 @@
-"""Several checkpoints, numbers of sampling steps and spacing rules: a sample of each, and all of them side by side.
+"""Several checkpoints, numbers of sampling steps and spacing rules: a sample of each, side by side.
 
-    python compare.py --ckpt ddpm/ckpt.pt robust/ckpt.pt --sampler ddim --steps 100 --n 64        # the figure alone: minutes
-    python compare.py --ckpt ddpm/ckpt.pt robust/ckpt.pt --steps 1000 500 300 100 50 --spacing respaced naive truncated --fid
-    torchrun --nproc-per-node 8 -- compare.py --ckpt ddpm/ckpt.pt robust/ckpt.pt --steps 1000 300 --n 50000 --fid
+    python compare.py --ckpt ddpm robust --sampler ddim --steps 100 --n 64     # the figure: minutes
+    python compare.py --ckpt ddpm robust --steps 1000 500 300 100 50 --fid --spacing respaced naive truncated
+    torchrun --nproc-per-node 8 -- compare.py --ckpt ddpm robust --steps 1000 300 --n 50000 --fid
 
-The claim (P1 §3.3, "Faster Sampling", Table 1 right): with fewer steps of Eq. 5, Robust_adv degrades gracefully where DDPM
-collapses, most of all at 300 of 1,000. P1 does not say which steps it leaves out, and the claim hangs on that: the three
-rules of samplers.ddpm_timesteps (ours) are there to find out which of them shows it; in the runs of the README, `truncated`.
+The claim (P1 §3.3, "Faster Sampling", Table 1 right): with fewer steps of Eq. 5, Robust_adv degrades
+gracefully where DDPM collapses, most of all at 300 of 1,000. P1 does not say which steps it leaves
+out, and the claim hangs on that: the three rules of samplers.ddpm_timesteps (ours) are there to find
+out which of them shows it; in our runs, `truncated`.
 
-Leaves, for each sample, --out/NAME/ as sample.py leaves its --out, with NAME = FOLDER[-STEPS][-SPACING], the folder of the
-checkpoint and what else differs; and --out/side_by_side.png and table.csv, whose first rows are the training images, clean
-and as trained on; with several numbers of steps also steps.md and steps.png. Image i is that of sample.py with the same flags.
+Leaves, for each sample, --out/NAME/ as sample.py leaves its --out, with NAME =
+FOLDER[-STEPS][-SPACING], the folder of the checkpoint and what else differs; and
+--out/side_by_side.png and table.csv, whose first rows are the training images, clean and as trained
+on; with several numbers of steps also steps.md and steps.png. Image i is that of sample.py with the
+same flags.
 """
 
 import argparse
-import contextlib
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -22,6 +25,7 @@ import torch
 from torchvision.utils import make_grid
 
 import metrics
+import outputs
 import runtime
 from data import CorruptedImages, load_images
 from sample import add_arguments, folder_name, sample_and_score
@@ -32,74 +36,60 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 def run_name(args, path, steps, spacing):
     """The folder of one sample: that of the checkpoint, with what else differs between the samples."""
-    name = [folder_name(path)]
-    return "-".join(
-        name + [str(steps)] * (len(args.steps) > 1) + [spacing] * (len(args.spacing) > 1)
-    )
+    parts = [folder_name(path)]
+    if len(args.steps) > 1:
+        parts.append(str(steps))
+    if len(args.spacing) > 1:
+        parts.append(spacing)
+    return "-".join(parts)
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add("--ckpt", required=True, nargs="+", help="checkpoints or folders, as of sample.py")
+    add("--n", type=int, default=10_000, help="images of each; FID below 10,000 is biased upwards")
     add(
-        "--ckpt",
-        required=True,
-        nargs="+",
-        help="checkpoints of train.py or their folders, or those of diffusers",
+        "--steps", type=int, nargs="+", default=[None], help="default: ddpm 1000, ddim 100, heun 18"
     )
-    add(
-        "--n",
-        type=int,
-        default=10_000,
-        help="number of images of each sample; FID below 10,000 is biased upwards",
-    )
-    add(
-        "--steps",
-        type=int,
-        nargs="+",
-        default=[None],
-        help="default: ddpm 1000, ddim 100, heun 18 (noise levels)",
-    )
-    add(
-        "--spacing",
-        nargs="+",
-        default=["respaced"],
-        help="ddpm: rules for fewer steps, respaced | naive | truncated",
-    )
+    add("--spacing", nargs="+", default=["respaced"], help="ddpm: respaced | naive | truncated")
     add("--out", default="samples", help="a folder for each sample, the table and the figures")
     add("--fid", action="store_true", help="FID and IS against the clean images of --data")
     add("--png", action=argparse.BooleanOptionalAction, default=True, help="write the PNG folders")
     add_arguments(parser)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
     out = Path(args.out)
-    runs = [
-        (path, steps, spacing)
-        for path in args.ckpt
-        for steps in args.steps
-        for spacing in args.spacing
-    ]
-    names = [run_name(args, *run) for run in runs]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"--ckpt, --steps, --spacing: two samples would share the folder {out}/{max(names, key=names.count)}; "
-            "rename a checkpoint's folder, and give no value twice"
-        )
-    results = sample_and_score({out / name: run for name, run in zip(names, runs)}, args)
-    if results:  # under torchrun the first process has them
-        side_by_side(results, out, args)
-    if results and len(args.steps) > 1:
-        fewer_steps({run: results[out / name][1] for name, run in zip(names, runs)}, out, args)
+    runs = {}
+    for path, steps, spacing in itertools.product(args.ckpt, args.steps, args.spacing):
+        name = run_name(args, path, steps, spacing)
+        if name in runs:
+            raise ValueError(
+                f"--ckpt, --steps, --spacing: two samples would share the folder {out}/{name}; "
+                "rename a checkpoint's folder, and give no value twice"
+            )
+        runs[name] = path, steps, spacing
+    results = sample_and_score({out / name: run for name, run in runs.items()}, args)
+    if not results:  # under torchrun the first process has them
+        return
+    side_by_side(results, out, args)
+    if len(args.steps) > 1:
+        numbers = {run: results[out / name][1] for name, run in runs.items()}
+        methods = {}
+        for name, (path, _, _) in runs.items():
+            methods[folder_name(path)] = results[out / name][2].get("robust")
+        fewer_steps(numbers, outputs.styles(methods), out, args)
 
 
 def pictures(x, nrow):
     """x (n, 3, S, S) in [-1, 1], cut to it -> one picture (H, W, 3) for imshow, nrow in a row."""
-    return (
-        make_grid((x.clamp(-1, 1) + 1) / 2, nrow=nrow, padding=1, pad_value=1)
-        .permute(1, 2, 0)
-        .numpy()
-    )
+    grid = make_grid((x.clamp(-1, 1) + 1) / 2, nrow=nrow, padding=1, pad_value=1)
+    return grid.permute(1, 2, 0).numpy()
 
 
 def some_of(n, count):
@@ -108,34 +98,35 @@ def some_of(n, count):
 
 
 def training_rows(settings, size, args):
-    """[(name, images (n, 3, size, size) in [-1, 1])] of the training images: clean, and as all the checkpoints saw them."""
-    (name, p, sigma, seed, corrupt), rows = settings[0], []
-    with contextlib.suppress(
-        ValueError
-    ):  # the set may not be on this machine; the samples' rows stand without it
+    """[(name, images (n, 3, size, size) in [-1, 1])] of the training images: clean, and as all the
+    checkpoints saw them; [] where the set is not on this machine."""
+    name, p, sigma, seed, corrupt = settings[0]
+    try:
         clean, _ = load_images(args.data or name or "", size, root=args.data_root)
-        data = CorruptedImages(
-            clean, None, p or 0, sigma or 0, seed or 0, corrupt=corrupt or "gauss"
-        )
-        index = some_of(len(data), max(2000, args.n))
-        rows = [("clean training images", data.clean(index))]
-        if p and len(set(settings)) == 1:
-            rows.append(("as trained on", data.batch(index)))
+        corrupt = corrupt or "gauss"
+        data = CorruptedImages(clean, None, p or 0, sigma or 0, seed or 0, corrupt=corrupt)
+    except ValueError:
+        return []
+    index = some_of(len(data), max(2000, args.n))
+    rows = [("clean training images", data.clean(index))]
+    if p and len(set(settings)) == 1:
+        rows.append(("as trained on", data.batch(index)))
     return rows
 
 
+SHOWN = ("noise_level", "from_clean", "IS", "class_score", "recall")
+
+
 def shown_of(numbers):
-    """The few of a sample's numbers that figures and steps.md show: the noise never stands alone. table.csv has all."""
-    return [
-        k
-        for k in numbers
-        if k in ("noise_level", "from_clean", "IS", "class_score", "recall")
-        or k.startswith(("FID", "Fréchet"))
-    ]
+    """The few of a sample's numbers that figures and steps.md show: the noise never stands alone."""
+    return [k for k in numbers if k in SHOWN or k.startswith(("FID", "Fréchet"))]
 
 
 def side_by_side(results, out, args):
-    """OUT/table.csv and side_by_side.png: the training images, then each sample. results: as of sample_and_score."""
+    """OUT/table.csv and side_by_side.png: the training images, then each sample.
+
+    results: as of sample_and_score.
+    """
     samples, _, trained = zip(*results.values())
     settings = [tuple(t.get(k) for k in ("data", "p", "sigma", "seed", "corrupt")) for t in trained]
     training = training_rows(settings, samples[0].shape[-1], args)
@@ -145,38 +136,43 @@ def side_by_side(results, out, args):
         clean = training[0][1]
         for _, x, numbers in rows[1:]:
             numbers["from_clean"] = metrics.nearest_distance(x[:500], clean)
-    columns = list(dict.fromkeys(k for _, _, d in rows for k in d))
+    columns = list(dict.fromkeys(k for _, _, numbers in rows for k in numbers))
     lines = [",".join(["name", *columns])]
-    lines += [
-        ",".join([name, *(f"{d[k]:.4f}" if k in d else "" for k in columns)]) for name, _, d in rows
-    ]
+    for name, _, numbers in rows:
+        cells = [f"{numbers[k]:.4f}" if k in numbers else "" for k in columns]
+        lines.append(",".join([name, *cells]))
     (out / "table.csv").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    shown = min(32, args.n)
+    draw_rows(rows, out / "side_by_side.png", min(32, args.n))
+
+
+def draw_rows(rows, path, shown):
+    """rows: [(name, images, numbers)]; the first `shown` images of each, with a title."""
     height = 0.25 + 0.55 * (1 + (shown > 16))
-    fig, axes = plt.subplots(
-        len(rows), 1, figsize=(9, height * len(rows)), layout="constrained", squeeze=False
-    )
-    for ax, (name, x, d) in zip(axes[:, 0], rows):
+    size = (9, height * len(rows))
+    fig, axes = plt.subplots(len(rows), 1, figsize=size, layout="constrained", squeeze=False)
+    for ax, (name, x, numbers) in zip(axes[:, 0], rows):
         ax.imshow(pictures(x[:shown], nrow=16), interpolation="nearest")
-        title = ", ".join(f"{k.replace('_', ' ')} {d[k]:.3f}" for k in shown_of(d))
+        title = ", ".join(f"{k.replace('_', ' ')} {numbers[k]:.3f}" for k in shown_of(numbers))
         ax.set_title(f"{name}: {title}", fontsize=10, loc="left", pad=3)
         ax.axis("off")
-    fig.savefig(out / "side_by_side.png", dpi=120)
+    fig.savefig(path, dpi=120)
     plt.close(fig)
 
 
-def fewer_steps(numbers, out, args):
-    """OUT/steps.md and steps.png (Table 1, right): each number over the steps, for every checkpoint and spacing rule.
+TITLES = {
+    "noise_level": "noise level ([-1, 1] scale)",
+    "IS": "Inception Score",
+    "class_score": "class score",
+}
 
-    numbers: {(checkpoint, steps, spacing): {name: value}}
+
+def fewer_steps(numbers, styles, out, args):
+    """OUT/steps.md and steps.png (Table 1, right): each number over the steps.
+
+    numbers: {(checkpoint, steps, spacing): {name: value}}; styles: {folder: (colour, label)}.
     """
     keys = shown_of(next(iter(numbers.values())))
-    titles = {
-        "noise_level": "noise level ([-1, 1] scale)",
-        "IS": "Inception Score",
-        "class_score": "class score",
-    }
     steps = sorted(args.steps, reverse=True)
     lines = [
         f"{args.sampler}, n = {args.n}: {' / '.join(keys)}",
@@ -185,41 +181,28 @@ def fewer_steps(numbers, out, args):
         "|---" * (2 + len(steps)) + "|",
     ]
     fig, axes = plt.subplots(1, len(keys), figsize=(9, 3.4), layout="constrained", squeeze=False)
-    for i, path in enumerate(args.ckpt):
+    for path in args.ckpt:
+        name = folder_name(path)
+        colour, label = styles[name]
         for spacing, line in zip(args.spacing, ("o-", "s--", "^:")):
-            name, row = folder_name(path), [numbers[path, s, spacing] for s in steps]
-            lines.append(
-                f"| {name} | {spacing} | {' | '.join(' / '.join(f'{d[k]:.4g}' for k in keys) for d in row)} |"
-            )
+            row = [numbers[path, s, spacing] for s in steps]
+            cells = [" / ".join(f"{found[k]:.4g}" for k in keys) for found in row]
+            lines.append(f"| {name} | {spacing} | {' | '.join(cells)} |")
             for ax, key in zip(axes[0], keys):
-                ax.plot(
-                    steps,
-                    [d[key] for d in row],
-                    line,
-                    color=runtime.COLOURS[i % 7],
-                    ms=4,
-                    label=f"{name}, {spacing}",
-                )
-                ax.set(
-                    xscale="log",
-                    xlabel="sampling steps",
-                    title=titles.get(key, key.replace(" in ", "\nin ")),
-                )
+                values = [found[key] for found in row]
+                ax.plot(steps, values, line, color=colour, ms=4, label=f"{label}, {spacing}")
+                ax.set_title(TITLES.get(key, key.replace(" in ", "\nin ")))
     for ax in axes[0]:
+        ax.set(xscale="log", xlabel="sampling steps")
         ax.set_xticks(steps, map(str, steps))
         ax.minorticks_off()
         ax.grid(alpha=0.3)
-    fig.legend(
-        *axes[0][0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=len(args.ckpt),
-        fontsize=8,
-        frameon=False,
-    )
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    place = dict(loc="outside lower center", ncols=len(args.ckpt), fontsize=8, frameon=False)
+    fig.legend(handles, labels, **place)
     fig.savefig(out / "steps.png", dpi=130)
     plt.close(fig)
     (out / "steps.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
 
 
 if __name__ == "__main__":

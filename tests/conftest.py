@@ -9,12 +9,14 @@ os.environ["OMP_NUM_THREADS"] = (
 )
 
 
-@pytest.fixture(autouse=True)
-def fp32_unless_asked(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def fp32_unless_asked():
     """So that the tolerances of a test do not depend on what the CPU is fast in."""
     import runtime
 
-    monkeypatch.setattr(runtime, "fast_bf16", lambda: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "fast_bf16", lambda: False)
+        yield
 
 
 def pytest_collection_modifyitems(items):

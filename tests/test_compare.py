@@ -19,7 +19,7 @@ import sample
 from runtime import save_checkpoint
 from unet import PRESETS, UNet
 
-FLAGS = "--n 6 --device cpu --no-png".split()
+FLAGS = "--n 6 --device cpu --no-png --amp fp32".split()
 
 
 class Colours(torch.nn.Module):
