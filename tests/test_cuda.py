@@ -25,7 +25,6 @@ import attack
 import data
 import memorization
 import metrics
-import purification
 import purify
 import rng
 import sample
@@ -38,11 +37,14 @@ from rng import philox
 from unet import UNet
 
 try:
-    import kernels
-    from kernels import CPU, CUDA
+    from torch._subclasses import fake_tensor
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    import cuda_code
+    from cuda_code import CPU, CUDA
 except (ImportError, AttributeError) as e:
     pytest.skip(
-        f"kernels.py: PyTorch {torch.__version__} has moved a private name: {e}",
+        f"cuda_code.py: PyTorch {torch.__version__} has moved a private name: {e}",
         allow_module_level=True,
     )
 
@@ -59,6 +61,59 @@ pytestmark = pytest.mark.skipif(
 
 
 @contextlib.contextmanager
+def eager_autograd():
+    """Within it fake tensors on CUDA are differentiable outside a graph too.
+
+    In float32, as autocast would not know them.
+    """
+    dispatch = FakeTensor.__torch_dispatch__
+    mode_dispatch = FakeTensorMode.__torch_dispatch__
+    engine = torch.autograd.graph._engine_run_backward
+    device_of = torch.ops.prim.device.default
+    to = torch.ops.aten._to_copy
+    inside = []  # a backward
+
+    def answer(x):  # what C++ hears; Python reads x.device from the tensor itself
+        if x.fake_mode.in_kernel_invocation:
+            return torch.device("meta")
+        return CPU
+
+    def class_dispatch(cls, func, types, args=(), kwargs=None):
+        return answer(args[0]) if func is device_of else dispatch(func, types, args, kwargs or {})
+
+    def dispatch_on_cuda(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if inside and kwargs.get("device") == CPU:  # a formula of C++
+            kwargs["device"] = CUDA
+        return mode_dispatch(self, func, types, args, kwargs)
+
+    def run(*args, **kwargs):
+        inside.append(True)
+        try:
+            return engine(*args, **kwargs)
+        finally:
+            inside.pop()
+
+    def first_answer(args):
+        return answer(args[0])
+
+    def cpu(x):
+        return to(x, device=CPU)
+
+    patched = mock.patch.object
+    with (
+        patched(FakeTensor, "__torch_dispatch__", classmethod(class_dispatch)),
+        patched(FakeTensorMode, "__torch_dispatch__", dispatch_on_cuda),
+        mock.patch.dict(fake_tensor._DISPATCH_META_HANDLERS, {device_of: first_answer}),
+        patched(torch.autograd.graph, "_engine_run_backward", run),
+        patched(torch.autograd, "_engine_run_backward", run),
+        patched(torch.Tensor, "cpu", cpu),
+        torch.autograd.set_multithreading_enabled(False),
+    ):
+        yield
+
+
+@contextlib.contextmanager
 def fake_cuda():
     """A GPU whose tensors hold no values: where one is read, it is 1."""
     impls = torch._subclasses.fake_impls.op_implementations_dict
@@ -69,9 +124,9 @@ def fake_cuda():
         return np.ones(x.shape, np.float32)
 
     with (
-        kernels.pretended_gpu() as mode,
+        cuda_code.pretended_gpu() as mode,
         mode,
-        kernels.eager_autograd(),
+        eager_autograd(),
         mock.patch.dict(
             impls, {scalar: lambda mode, func, x: 1.0 if x.dtype.is_floating_point else 1}
         ),
@@ -98,7 +153,7 @@ def gpu(can_fake):
 
 
 def network():
-    return kernels.fake_parameters(UNet(**SHAPE), CUDA)
+    return cuda_code.fake_parameters(UNet(**SHAPE), CUDA)
 
 
 def images(n=3):
@@ -188,21 +243,24 @@ def test_devices_of_a_batch(gpu, kind, monkeypatch):
     assert x.batch(index, index > 0).device == CUDA
 
 
-def test_devices_of_the_attack(gpu, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # the noise
+def test_devices_of_the_attack(gpu):
     schedule, index = NoiseSchedule().to(CUDA), torch.zeros(B, dtype=torch.int64, device=CUDA)
     options = dict(steps=2, spacing="respaced", clip=True, variance="fixed-large")
-    on_step = attack.Attack(network().eval(), schedule, "ddpm", options, index, 0, iters=2)
-    assert on_step(0, on_step.pairs[0][0], images(1)[0]).device == CUDA
+    pairs, step = attack.sampler_steps("ddpm", options, schedule.T)
+    tally = torch.zeros(B, len(attack.TALLY), dtype=torch.float64, device=CUDA)
+    on_step = attack.attack(
+        network().eval(), schedule, pairs, step, index, 0, [0, 1], iters=2, eot=1, tally=tally
+    )
+    assert on_step(0, pairs[0][0], images(1)[0]).device == CUDA
 
 
-@pytest.mark.parametrize("sampler", purification.SAMPLERS)
+@pytest.mark.parametrize("sampler", purify.SAMPLERS)
 def test_devices_of_a_purifier_under_attack(gpu, sampler, monkeypatch):
     monkeypatch.setattr(
-        purification, "noise_on", lambda kind: data.image_noise
+        purify, "noise_on", lambda kind: data.image_noise
     )  # compiled on a GPU: see test_kernels_of_the_noise
     monkeypatch.setattr(samplers, "heun_timesteps", lambda *args: HEUN)
-    net = purification.PurifiedClassifier(
+    net = purify.PurifiedClassifier(
         network(), NoiseSchedule().to(CUDA), classifier(), sampler, t_star=2, nfe=2, rounds=1
     )
     x, y = images(1)[0], torch.zeros(B, dtype=torch.int64, device=CUDA)
@@ -236,12 +294,12 @@ def inductor():
     pytest.importorskip("triton")
 
     def run(make, capability=(9, 0)):
-        with kernels.pretended_gpu(capability) as mode, mode:
+        with cuda_code.pretended_gpu(capability) as mode, mode:
             return make()
 
     try:
         run(
-            lambda: kernels.inductor_code(
+            lambda: cuda_code.inductor_code(
                 lambda x: (2 * x).sin(), [torch.ones(8, device=CUDA)], [True]
             )
         )
@@ -269,7 +327,7 @@ def compile_all(codes, folder, targets=(80, 90)):
     from triton.compiler import ASTSource
 
     found = {}
-    for kernel in (k for code in codes for k in kernels.triton_kernels(code.text)):
+    for kernel in (k for code in codes for k in cuda_code.triton_kernels(code.text)):
         body = kernel.source[kernel.source.index("@triton.jit") :].replace(kernel.name, "kernel")
         # sizes differ from layer to layer, which changes no type
         found.setdefault((re.sub(r"\b\d{2,}\b", "N", body), str(kernel.signature)), kernel)
@@ -293,9 +351,9 @@ def noise_code(function=image_noise):
         torch.zeros(3, dtype=torch.int64, device=CUDA),
         torch.zeros((), dtype=torch.int64, device=CUDA),
     )
-    return kernels.inductor_code(
+    return cuda_code.inductor_code(
         lambda i: function(2**63 + 7, i, CORRUPTION_STREAM, (3, S, S)), [index]
-    ) + kernels.inductor_code(lambda i, s: function(2**63 + 7, i, s, (3, S, S)), [index, stream])
+    ) + cuda_code.inductor_code(lambda i, s: function(2**63 + 7, i, s, (3, S, S)), [index, stream])
 
 
 @needs_codegen
@@ -349,12 +407,12 @@ def test_integer_kernels_equal_eager(inductor, planted, tmp_path):
     """Those of philox in Triton's interpreter, on the CPU, bit for bit; with a digit of a constant changed they differ."""
     index, seed, blocks = [0, 1, 49_999, 2**40 + 3], 2**63 + 2**31 + 7, 48
     (code,) = inductor(
-        lambda: kernels.inductor_code(
+        lambda: cuda_code.inductor_code(
             lambda i: philox(seed, i, CORRUPTION_STREAM, blocks),
             [torch.zeros(4, dtype=torch.int64, device=CUDA)],
         )
     )
-    found = kernels.triton_kernels(code.text)
+    found = cuda_code.triton_kernels(code.text)
     assert {v for k in found for v in k.signature.values()} == {"*i64", "i32", "constexpr"}
     for kernel in found:
         body = kernel.source[kernel.source.index("@triton.jit") :]
@@ -389,11 +447,13 @@ def test_integer_kernels_equal_eager(inductor, planted, tmp_path):
 
 
 def network_code(mode):
-    """Of the small network in bf16: "training" forward and backward, "frozen" (as the attack calls it), "sampling"."""
+    """Of the small network in bf16: "training" forward and backward, "frozen" (as the attack calls
+    it), "sampling"; with the keys of dropout."""
     net = network().train(mode != "sampling")
-    args = [images(1)[0], torch.zeros(B, dtype=torch.int64, device=CUDA), *net.parameters()]
-    needs = [mode == "frozen", False] + [mode == "training"] * (len(args) - 2)
-    return kernels.code_of(net, [v.detach() for v in args], tuple(needs), torch.bfloat16)
+    t, keys = (torch.zeros(B, dtype=torch.int64, device=CUDA) for _ in range(2))
+    args = [images(1)[0], t, keys, *[p.detach() for p in net.parameters()]]
+    needs = [mode == "frozen", False, False] + [mode == "training"] * (len(args) - 3)
+    return cuda_code.code_of(cuda_code.functional(net), args, needs, torch.bfloat16)
 
 
 @needs_codegen
@@ -404,19 +464,27 @@ def test_kernels_of_the_network(inductor, mode, tmp_path):
     assert compile_all(codes, tmp_path) > 20
 
 
-def step_code():
+def sampler_steps():
+    """What a sampler compiles, with arguments: [(function, args)]."""
     x, eps, z = images()
     abars = [torch.ones(B, dtype=torch.float64, device=CUDA) for _ in range(2)]
+    sigmas = [torch.ones((), dtype=torch.float64, device=CUDA) for _ in range(2)]
     return [
-        code
-        for step in (samplers.ddpm_step, samplers.ddim_step)
-        for code in kernels.inductor_code(lambda *args, step=step: step(*args), [x, eps, z, *abars])
+        (samplers.ddpm_step, [x, eps, z, *abars]),
+        (samplers.ddim_step, [x, eps, z, *abars]),
+        (samplers.heun_predict, [x, eps, *sigmas]),
+        (samplers.heun_correct, [x, eps, z, eps, *sigmas]),
     ]
+
+
+def step_code():
+    codes = [cuda_code.code_of(step, args) for step, args in sampler_steps()]
+    return sum(codes, [])
 
 
 @needs_codegen
 def test_kernels_of_a_sampling_step(inductor, tmp_path):
-    assert compile_all(inductor(step_code), tmp_path) >= 2
+    assert compile_all(inductor(step_code), tmp_path) >= 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -455,11 +523,14 @@ def test_a_graph_break_is_seen(monkeypatch):
 def test_network_and_sampler_steps_are_one_graph():
     torch._dynamo.reset()
     net, x = UNet(**SHAPE).eval(), torch.randn(2, 3, S, S)
-    abar = torch.full((2,), 0.5, dtype=torch.float64), torch.full((2,), 0.6, dtype=torch.float64)
+    abars = [torch.full((2,), value, dtype=torch.float64) for value in (0.5, 0.6)]
+    sigmas = [torch.tensor(value, dtype=torch.float64) for value in (0.6, 0.5)]
     with torch.no_grad():
         torch.compile(net, backend="eager", fullgraph=True)(x, torch.zeros(2, dtype=torch.int64))
         for step in (samplers.ddpm_step, samplers.ddim_step):
-            torch.compile(step, backend="eager", fullgraph=True)(x, x, x, *abar)
+            torch.compile(step, backend="eager", fullgraph=True)(x, x, x, *abars)
+        torch.compile(samplers.heun_predict, backend="eager", fullgraph=True)(x, x, *sigmas)
+        torch.compile(samplers.heun_correct, backend="eager", fullgraph=True)(x, x, x, x, *sigmas)
 
 
 @pytest.mark.parametrize("share, graphs", [(1.0, 2), (0.5, 3)])
