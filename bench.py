@@ -65,17 +65,30 @@ def training(net, device, amp="auto", backend=None):
     return lambda method, batch: train.train_step(state, args[method], next(done), [batch])
 
 
+def new_net(args, device, kind=UNet, form=None):
+    """form: its memory format; None for that of train.py."""
+    torch.manual_seed(0)
+    net = kind(**PRESETS[args.model])
+    return net.to(device, memory_format=form or layout(device, args.amp))
+
+
 def steps_of_none(args, device, draw, table):
     """{name: step()} for {name: (kind of network, memory format, amp, backend)}."""
     calls = {}
     for name, (kind, form, amp, backend) in table.items():
-        torch.manual_seed(0)
-        net = kind(**PRESETS[args.model]).to(device, memory_format=form)
+        step = training(new_net(args, device, kind, form), device, amp, backend)
         batch = draw(0)
         images = {k: v.contiguous(memory_format=form) for k, v in batch.items() if v.dim() == 4}
-        step = training(net, device, amp, backend)
         calls[name] = functools.partial(step, "none", batch | images)
     return calls
+
+
+def variants(args):
+    """(name, amp, backend): both precisions unless --amp chooses, compiled ones too if asked."""
+    amps = ("fp32", "bf16") if args.amp == "auto" else (args.amp,)
+    backends = (None, args.backend) if args.backend else (None,)
+    for amp, backend in itertools.product(amps, backends):
+        yield f"{amp}, compiled" if backend else amp, amp, backend
 
 
 # --------------------------------------------------------------------------------------------------
@@ -115,14 +128,10 @@ def rows_of(section, seconds, images, reference):
     return rows
 
 
-def flops_of(net, method, batch):
-    """FLOPs of the passes of one step, 2 per multiply-add of a product or convolution."""
-    objective = train.OBJECTIVES[method][0]
-    schedule = NoiseSchedule().to(batch["x0"].device)
+def flops_of(step, method, batch):
+    """FLOPs of an eager step, 2 per multiply-add of a product or convolution."""
     with FlopCounterMode(display=False) as counter:
-        loss, _ = objective(net, schedule, settings(method), **batch)
-        loss.backward()
-    net.zero_grad(set_to_none=True)
+        step(method, batch)
     return counter.get_total_flops()
 
 
@@ -130,40 +139,29 @@ def flops_of(net, method, batch):
 # the sections: each returns table rows
 
 
-def new_net(args, device):
-    torch.manual_seed(0)
-    return UNet(**PRESETS[args.model]).to(device, memory_format=layout(device, args.amp))
-
-
 def methods(args, device, draw):
     """none, ran, adv, .. on one network. cost: time relative to the first."""
-    net, batch = new_net(args, device), draw(0)
-    step = training(net, device, args.amp, args.backend)
+    batch = draw(0)
+    step = training(new_net(args, device), device, args.amp, args.backend)
     calls = {method: functools.partial(step, method, batch) for method in args.methods}
     rows = rows_of("methods", interleaved(calls, args), args.batch_size, args.methods[0])
+    eager = training(new_net(args, device), device, args.amp)
     one = {name: value[:1] for name, value in batch.items()}
     for row in rows:
-        flops = flops_of(net, row["name"], one)
-        row |= dict(
-            cost=1 / row["speed"], GFLOP_img=flops / 1e9, TFLOP_s=flops * row["img_s"] / 1e12
-        )
+        flops = flops_of(eager, row["name"], one)
+        row["cost"] = 1 / row["speed"]
+        row["GFLOP_img"] = flops / 1e9
+        row["TFLOP_s"] = flops * row["img_s"] / 1e12
     return rows
 
 
 def modes(args, device, draw):
-    """torch.compile, channels_last and bf16, singly and together, for the step of `none`."""
-    plain, last = torch.contiguous_format, torch.channels_last
-    table = {
-        "eager": (UNet, plain, "fp32", None),
-        "channels_last": (UNet, last, "fp32", None),
-        "bf16": (UNet, plain, "bf16", None),
-        "channels_last, bf16": (UNet, last, "bf16", None),
-    }
-    if args.backend:
-        table["compile"] = (UNet, plain, "fp32", args.backend)
-        table["all three"] = (UNet, last, "bf16", args.backend)
+    """Precisions, eager and compiled, for the step of `none`."""
+    table = {}
+    for name, amp, backend in variants(args):
+        table[name] = (UNet, layout(device, amp), amp, backend)
     seconds = interleaved(steps_of_none(args, device, draw, table), args)
-    return rows_of("modes", seconds, args.batch_size, "eager")
+    return rows_of("modes", seconds, args.batch_size, next(iter(table)))
 
 
 class Reference(torch.nn.Module):
@@ -191,32 +189,28 @@ class Reference(torch.nn.Module):
 def against(args, device, draw):
     """The same step with diffusers' network, in both memory formats; the ratio is to its better one."""
     rows = []
-    for amp in ("fp32", "bf16") if args.amp == "auto" else (args.amp,):
-        for backend in (None, args.backend) if args.backend else (None,):
-            name = f"{amp}, compile" if backend else amp
-            plain, last = torch.contiguous_format, torch.channels_last
-            table = {
-                f"{name}: ours": (UNet, layout(device, amp), amp, backend),
-                f"{name}: diffusers": (Reference, plain, amp, backend),
-                f"{name}: diffusers, channels_last": (Reference, last, amp, backend),
-            }
-            seconds = interleaved(steps_of_none(args, device, draw, table), args)
-            theirs = [name for name in table if "diffusers" in name]
-            better = min(theirs, key=lambda name: np.median(seconds[name]))
-            rows += rows_of("against", seconds, args.batch_size, better)
+    for name, amp, backend in variants(args):
+        table = {
+            f"{name}: ours": (UNet, layout(device, amp), amp, backend),
+            f"{name}: diffusers": (Reference, torch.contiguous_format, amp, backend),
+            f"{name}: diffusers, channels_last": (Reference, torch.channels_last, amp, backend),
+        }
+        seconds = interleaved(steps_of_none(args, device, draw, table), args)
+        better = min(list(table)[1:], key=lambda kind: np.median(seconds[kind]))
+        rows += rows_of("against", seconds, args.batch_size, better)
     return rows
 
 
 def sampling(args, device, draw):
     """A few network calls of each sampler are timed; whole samples are computed from them."""
     net = new_net(args, device).eval().cast(precision(device, args.amp))  # as sample.py
-    schedule = NoiseSchedule().to(device)
     mode = "reduce-overhead" if device.type == "cuda" else None  # as sample.py
     model = torch.compile(net, mode=mode) if args.backend else net
+    schedule = NoiseSchedule().to(device)
     shape = draw(0)["x0"].shape[1:]
-    levels = len(heun_timesteps(schedule, 18))
-    # network calls: in a whole sample, timed; and the timed steps
-    table = {"ddpm": (1000, 4, 4), "ddim": (100, 4, 4), "heun": (2 * levels - 1, 3, 2)}
+    heun = 2 * len(heun_timesteps(schedule, 18)) - 1
+    # network calls of a whole sample; of the few steps that are timed; these steps
+    table = {"ddpm": (1000, 4, 4), "ddim": (100, 4, 4), "heun": (heun, 3, 2)}
 
     def call(sampler, steps):
         index = range(args.batch_size)
@@ -314,10 +308,9 @@ def markdown(rows):
     for section, group in itertools.groupby(rows, key=lambda row: row["section"]):
         group = list(group)
         keys = [key for key in group[0] if not key.endswith(("_q25", "_q75", "section"))]
-        text += "| " + " | ".join([section, *keys[1:]]) + " |\n" + "|---" * len(keys) + "|\n"
-        for row in group:
-            text += "| " + " | ".join(cell(row, key) for key in keys) + " |\n"
-        text += "\n"
+        lines = [[section, *keys[1:]], ["---"] * len(keys)]
+        lines += [[cell(row, key) for key in keys] for row in group]
+        text += "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
     return text
 
 

@@ -5,6 +5,7 @@ what torch.compile was given. The latter count as Inductor's code for a pretende
 says. The network is counted once for each way in which it is called, however often it is.
 """
 
+import gc
 from unittest import mock
 
 import torch
@@ -146,8 +147,13 @@ def rows(args, training):
     """
     amp = "bf16" if args.amp == "auto" else args.amp
     sigmas = NoiseSchedule().sigmas  # read here, as tensors without values cannot be
-    with pretended_gpu() as mode, mode:
-        return training_rows(args, amp, training) + sampling_rows(args, amp, sigmas)
+    gc.disable()  # in PyTorch 2.15 the collector has met a tensor here that was freed too early
+    try:
+        with pretended_gpu() as mode, mode:
+            return training_rows(args, amp, training) + sampling_rows(args, amp, sigmas)
+    finally:
+        gc.freeze()  # what is left here is never visited again
+        gc.enable()
 
 
 def training_rows(args, amp, training):
