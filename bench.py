@@ -6,11 +6,10 @@
     python bench.py --what kernels                   # a step's CUDA kernels, counted; needs no GPU
 
 The claim (P1): a step of Robust_adv costs 2.5 times one of DDPM. In FLOPs it is 8 / 3: three
-forwards (the attack reuses the clean one), two full backwards of twice a forward each, and the
-attack's, which leaves out the weights. What is timed is train.py's step, from zeroed gradients to
-the averaged weights, on a fixed batch. The candidates of a section take turns in --repeats rounds,
-so that a drifting clock hits all alike; ratios are taken within a round, then their median and
-quartiles over the rounds. fp32 on a GPU is TF32. Leaves --out/table.md and metrics.json.
+forwards (the attack reuses the clean one), two full backwards, and the attack's, which leaves out
+the weights. Timed is train.py's step, from zeroed gradients to the averaged weights, on one batch.
+The candidates of a section take turns in --repeats rounds, so that a drifting clock hits all alike;
+ratios are taken within a round. fp32 on a GPU is TF32. Leaves --out/table.md and metrics.json.
 """
 
 import argparse
@@ -19,6 +18,7 @@ import importlib.util
 import itertools
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -33,13 +33,11 @@ from losses import NoiseSchedule
 from runtime import autocast, between, layout, precision, setup
 from sample import generate
 from samplers import heun_timesteps
+from training import Batches
 from unet import PRESETS, UNet
-from weights import FIXED
+from weights import unet2d_config
 
 METHODS = ["none", *(m for m, (_, flags, _) in train.OBJECTIVES.items() if "reg_last" in flags)]
-
-# --------------------------------------------------------------------------------------------------
-# the step of train.py
 
 
 def settings(method, amp="auto"):
@@ -53,11 +51,12 @@ def draws(data, B, device, dropout=0.0):
     args = settings("none")
     args.batch_size = B
     args.dropout = dropout
-    batches = train.Batches(args, data, None, NoiseSchedule().T, device)
+    run = SimpleNamespace(data=data, sigma_y=None, device=device, rank=0, world=1)
+    batches = Batches(args, run, train.draw_numbers, NoiseSchedule().T)
     return lambda step: batches(step)[0]
 
 
-def training(net, device, amp="auto", backend=None):
+def make_step(net, device, amp="auto", backend=None):
     """-> step(method, batch) -> dict(loss, .., grad_norm), one step; backend: torch.compile's."""
     args = {method: settings(method, amp) for method in METHODS}
     state = train.prepare(net.train(), args["none"], device, backend=backend)
@@ -65,66 +64,53 @@ def training(net, device, amp="auto", backend=None):
     return lambda method, batch: train.train_step(state, args[method], next(done), [batch])
 
 
-def new_net(args, device, kind=UNet, form=None):
+def new_net(args, device, amp, kind=UNet, form=None):
     """form: its memory format; None for that of train.py."""
     torch.manual_seed(0)
-    net = kind(**PRESETS[args.model])
-    return net.to(device, memory_format=form or layout(device, args.amp))
+    return kind(**PRESETS[args.model]).to(device, memory_format=form or layout(device, amp))
 
 
-def steps_of_none(args, device, draw, table):
-    """{name: step()} for {name: (kind of network, memory format, amp, backend)}."""
-    calls = {}
-    for name, (kind, form, amp, backend) in table.items():
-        step = training(new_net(args, device, kind, form), device, amp, backend)
-        batch = draw(0)
-        images = {k: v.contiguous(memory_format=form) for k, v in batch.items() if v.dim() == 4}
-        calls[name] = functools.partial(step, "none", batch | images)
-    return calls
-
-
-def variants(args):
-    """(name, amp, backend): both precisions unless --amp chooses, compiled ones too if asked."""
+def steps_of_none(args, device, draw, kinds):
+    """(mode, {name: step()}) of each precision and compiler for {name: (network, memory format)}."""
     amps = ("fp32", "bf16") if args.amp == "auto" else (args.amp,)
     backends = (None, args.backend) if args.backend else (None,)
     for amp, backend in itertools.product(amps, backends):
-        yield f"{amp}, compiled" if backend else amp, amp, backend
-
-
-# --------------------------------------------------------------------------------------------------
-# measuring
+        steps = {}
+        for name, (kind, form) in kinds.items():
+            net = new_net(args, device, amp, kind, form)
+            batch = draw(0)
+            for key in ("x0", "eps", "u"):
+                batch[key] = batch[key].contiguous(memory_format=form or layout(device, amp))
+            step = make_step(net, device, amp, backend)
+            steps[name] = functools.partial(step, "none", batch)
+        yield f"{amp}, compiled" if backend else amp, steps
 
 
 def interleaved(calls, args):
-    """Seconds per call, {name: (repeats,) array}.
-
-    Every round times each of `calls` once, for about --seconds-per.
-    """
-    timers, number = {}, {}
+    """Seconds per call, {name: (repeats,) array}: every round times each for about --seconds-per."""
+    timers, seconds = {}, {}
     for name, call in calls.items():
-        call()  # compiles and tunes
         threads = torch.get_num_threads()
         timers[name] = Timer("call()", globals=dict(call=call), num_threads=threads)
-        number[name] = max(1, round(args.seconds_per / timers[name].timeit(1).mean))
-    seconds = {name: [] for name in calls}
+        seconds[name] = []
     for _ in tqdm(range(args.repeats), desc=", ".join(calls), unit="round", leave=False):
-        for name, timer in timers.items():
-            seconds[name].append(timer.timeit(number[name]).mean)
+        for name, timer in timers.items():  # each warms up first, and so compiles
+            seconds[name].append(timer.blocked_autorange(min_run_time=args.seconds_per).median)
     return {name: np.array(values) for name, values in seconds.items()}
 
 
 def rows_of(section, seconds, images, reference):
-    """Table rows: medians over the rounds with quartiles.
+    """Table rows: medians over the rounds, and quartiles.
 
     images: of a call; speed: relative to `reference` in the same round.
     """
     rows = []
     for name, s in seconds.items():
-        row = dict(section=section, name=name)
+        row = dict(section=section, name=name, ms=1e3 * np.median(s))
         for key, values in (("img_s", images / s), ("speed", seconds[reference] / s)):
-            low, row[key], high = np.percentile(values, [25, 50, 75])
-            row |= {f"{key}_q25": low, f"{key}_q75": high}
-        rows.append(row | dict(ms=1e3 * np.median(s)))
+            row[key] = np.median(values)
+            row[f"{key} quartiles"] = "{:.3g}, {:.3g}".format(*np.percentile(values, [25, 75]))
+        rows.append(row)
     return rows
 
 
@@ -135,17 +121,13 @@ def flops_of(step, method, batch):
     return counter.get_total_flops()
 
 
-# --------------------------------------------------------------------------------------------------
-# the sections: each returns table rows
-
-
 def methods(args, device, draw):
     """none, ran, adv, .. on one network. cost: time relative to the first."""
     batch = draw(0)
-    step = training(new_net(args, device), device, args.amp, args.backend)
+    step = make_step(new_net(args, device, args.amp), device, args.amp, args.backend)
     calls = {method: functools.partial(step, method, batch) for method in args.methods}
     rows = rows_of("methods", interleaved(calls, args), args.batch_size, args.methods[0])
-    eager = training(new_net(args, device), device, args.amp)
+    eager = make_step(new_net(args, device, args.amp), device, args.amp)
     one = {name: value[:1] for name, value in batch.items()}
     for row in rows:
         flops = flops_of(eager, row["name"], one)
@@ -157,11 +139,9 @@ def methods(args, device, draw):
 
 def modes(args, device, draw):
     """Precisions, eager and compiled, for the step of `none`."""
-    table = {}
-    for name, amp, backend in variants(args):
-        table[name] = (UNet, layout(device, amp), amp, backend)
-    seconds = interleaved(steps_of_none(args, device, draw, table), args)
-    return rows_of("modes", seconds, args.batch_size, next(iter(table)))
+    modes = steps_of_none(args, device, draw, {"ours": (UNet, None)})
+    calls = {mode: steps["ours"] for mode, steps in modes}
+    return rows_of("modes", interleaved(calls, args), args.batch_size, next(iter(calls)))
 
 
 class Reference(torch.nn.Module):
@@ -169,18 +149,13 @@ class Reference(torch.nn.Module):
 
     cast = UNet.cast
 
-    def __init__(self, channels, attention, blocks, dropout):
-        super().__init__()
+    def __init__(self, **preset):
         from diffusers import UNet2DModel
 
-        self.net = UNet2DModel(
-            layers_per_block=blocks,
-            block_out_channels=channels,
-            dropout=dropout,
-            down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in attention],
-            up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in attention[::-1]],
-            **{key: value for key, (value, _) in FIXED.items()},
-        )
+        super().__init__()
+        with torch.device("meta"):
+            config = UNet(**preset).config
+        self.net = UNet2DModel.from_config(unet2d_config(config, image_size=32))
 
     def forward(self, x, t):
         return self.net(x, t).sample
@@ -188,37 +163,34 @@ class Reference(torch.nn.Module):
 
 def against(args, device, draw):
     """The same step with diffusers' network, in both memory formats; the ratio is to its better one."""
+    kinds = {
+        "ours": (UNet, None),
+        "diffusers": (Reference, torch.contiguous_format),
+        "diffusers, channels_last": (Reference, torch.channels_last),
+    }
     rows = []
-    for name, amp, backend in variants(args):
-        table = {
-            f"{name}: ours": (UNet, layout(device, amp), amp, backend),
-            f"{name}: diffusers": (Reference, torch.contiguous_format, amp, backend),
-            f"{name}: diffusers, channels_last": (Reference, torch.channels_last, amp, backend),
-        }
-        seconds = interleaved(steps_of_none(args, device, draw, table), args)
-        better = min(list(table)[1:], key=lambda kind: np.median(seconds[kind]))
+    for mode, steps in steps_of_none(args, device, draw, kinds):
+        seconds = interleaved({f"{mode}: {name}": step for name, step in steps.items()}, args)
+        better = min(list(seconds)[1:], key=lambda name: np.median(seconds[name]))
         rows += rows_of("against", seconds, args.batch_size, better)
     return rows
 
 
 def sampling(args, device, draw):
     """A few network calls of each sampler are timed; whole samples are computed from them."""
-    net = new_net(args, device).eval().cast(precision(device, args.amp))  # as sample.py
+    net = new_net(args, device, args.amp).eval().cast(precision(device, args.amp))  # as sample.py
     mode = "reduce-overhead" if device.type == "cuda" else None  # as sample.py
     model = torch.compile(net, mode=mode) if args.backend else net
     schedule = NoiseSchedule().to(device)
-    shape = draw(0)["x0"].shape[1:]
     heun = 2 * len(heun_timesteps(schedule, 18)) - 1
     # network calls of a whole sample; of the few steps that are timed; these steps
     table = {"ddpm": (1000, 4, 4), "ddim": (100, 4, 4), "heun": (heun, 3, 2)}
-
-    def call(sampler, steps):
-        index = range(args.batch_size)
-        with autocast(device, args.amp):
-            generate(model, schedule, index, shape, 0, device, sampler, steps=steps)
-
-    calls = {name: functools.partial(call, name, steps) for name, (_, _, steps) in table.items()}
-    seconds = interleaved(calls, args)
+    calls = {}
+    for name, (_, _, steps) in table.items():
+        what = model, schedule, range(args.batch_size), draw(0)["x0"].shape[1:], 0, device, name
+        calls[name] = functools.partial(generate, *what, steps=steps)
+    with autocast(device, args.amp):
+        seconds = interleaved(calls, args)
     for name, (whole, timed, _) in table.items():
         seconds[name] *= whole / timed
     rows = rows_of("sampling (computed)", seconds, args.batch_size, "ddpm")
@@ -231,19 +203,15 @@ def kernels(args, device, draw):
     """What a step launches on a GPU, read from Inductor's code for a pretended H200: nothing is run."""
     from kernels import rows  # private names of PyTorch: no other section should fail with them
 
-    return rows(args, training)
+    return rows(args, make_step)
 
 
 SECTIONS = dict(methods=methods, modes=modes, against=against, sampling=sampling, kernels=kernels)
 
-# --------------------------------------------------------------------------------------------------
-# the command
-
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     count, positive = between(1, kind=int), between(0, above=True)
     add("--what", nargs="+", choices=SECTIONS, default=["methods", "modes", "sampling"])
@@ -254,21 +222,19 @@ def parse_args():
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
-    add("--threads", type=count, metavar="N", help="CPU threads; default torch's")
+    add("--threads", type=count, metavar="N", default=torch.get_num_threads(), help="of a CPU")
     add("--repeats", type=count, default=5, help="rounds")
     add("--seconds-per", type=positive, default=2.0, metavar="SEC", help="one measurement")
     add("--bandwidth", type=positive, default=4.8, metavar="TB/s", help="kernels; an H200's")
     add("--peak", type=positive, default=989.0, metavar="TFLOP/s", help="kernels; an H200's, bf16")
     add("--out", default="out_bench")
     args = parser.parse_args()
-    args.image_size = args.image_size or (64 if args.model == "ddpm64" else 32)
-    args.batch_size = args.batch_size or train.RECIPES[args.model]["batch_size"]
+    size = 64 if args.model == "ddpm64" else 32
+    train.fill(args, image_size=size, batch_size=train.RECIPES[args.model]["batch_size"])
     with torch.device("meta"):
         factor = UNet(**PRESETS[args.model]).factor
     if args.image_size % factor:
-        raise ValueError(
-            f"--image-size {args.image_size}: --model {args.model} needs a multiple of {factor}"
-        )
+        raise ValueError(f"--image-size {args.image_size}: must be a multiple of {factor}")
     if "against" in args.what and "patch" in PRESETS[args.model]:
         raise ValueError(f"--model {args.model}: diffusers has no counterpart of it")
     if "against" in args.what and importlib.util.find_spec("diffusers") is None:
@@ -283,8 +249,7 @@ def main():
     precision(device, args.amp)  # refuses what this device has not
     compiles = device.type == "cuda" if args.compile is None else args.compile
     args.backend = "inductor" if compiles else None
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     images, labels = load_images(f"synthetic:{max(256, args.batch_size)}", args.image_size)
@@ -294,30 +259,25 @@ def main():
     for name in args.what:
         rows += SECTIONS[name](args, device, draw)
         torch.compiler.reset()
-    table = markdown(rows)
-    (out / "table.md").write_text(table)
-    runtime.write_metrics(
-        out, started, seed=0, device=device, n=args.repeats, rows=rows, args=vars(args)
-    )
-    print(f"{table}-> {out}/table.md")
+    (out / "table.md").write_text(markdown(rows))
+    record = dict(n=args.repeats, rows=rows, args=vars(args))
+    runtime.write_metrics(out, started, seed=0, device=device, **record)
+    print(f"{markdown(rows)}-> {out}/table.md")
 
 
 def markdown(rows):
-    """A table per section, quartiles in brackets."""
+    """A table per section."""
     text = ""
     for section, group in itertools.groupby(rows, key=lambda row: row["section"]):
-        group = list(group)
-        keys = [key for key in group[0] if not key.endswith(("_q25", "_q75", "section"))]
-        lines = [[section, *keys[1:]], ["---"] * len(keys)]
-        lines += [[cell(row, key) for key in keys] for row in group]
+        group = [list(row.items())[1:] for row in group]
+        lines = [[section, *[key for key, _ in group[0][1:]]], ["---"] * len(group[0])]
+        lines += [[shown(value) for _, value in row] for row in group]
         text += "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
     return text
 
 
-def cell(row, key):
-    if f"{key}_q25" in row:
-        return f"{row[key]:.3g} ({row[f'{key}_q25']:.3g} to {row[f'{key}_q75']:.3g})"
-    return f"{row[key]:.4g}" if isinstance(row[key], float) else str(row[key])
+def shown(value):
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,23 @@ def mutated(func, args):
     return [v for kind, v in pairs if kind.alias_info and kind.alias_info.is_write]
 
 
+class Network(torch.nn.Module):
+    """Stands for a compiled network: its calls are noted, its gradients have no values."""
+
+    def __init__(self, net, recorder):
+        super().__init__()
+        self.net, self.recorder = net, recorder
+        self.function = functional(net)
+        recorder.networks.append(self.function)
+
+    def forward(self, x, t):
+        args = [x, t, self.net.mask_keys, *self.net.parameters()]
+        tensors = [v for v in args if v is not None]
+        needs_grad = [torch.is_grad_enabled() and v.requires_grad for v in tensors]
+        self.recorder.note(self.function, args, tuple(needs_grad))
+        return Opaque.apply(*tensors)
+
+
 class Recorder(TorchDispatchMode):
     """Within it, what is done to fake tensors is noted, and nothing is compiled.
 
@@ -88,7 +105,7 @@ class Recorder(TorchDispatchMode):
 
     def compile(self, function, **_):
         if isinstance(function, torch.nn.Module):
-            return self.network(function)
+            return Network(function, self)
 
         def run(*args):
             self.note(function, list(args))
@@ -97,19 +114,6 @@ class Recorder(TorchDispatchMode):
                 return function(*args)
             finally:
                 self.within = False
-
-        return run
-
-    def network(self, net):
-        function = functional(net)
-        self.networks.append(function)
-
-        def run(x, t):
-            args = [x, t, net.mask_keys, *net.parameters()]
-            tensors = [v for v in args if v is not None]
-            needs_grad = [torch.is_grad_enabled() and v.requires_grad for v in tensors]
-            self.note(function, args, tuple(needs_grad))
-            return Opaque.apply(*tensors)
 
         return run
 
@@ -140,23 +144,22 @@ class Recorder(TorchDispatchMode):
 # the table
 
 
-def rows(args, training):
+def rows(args, make_step):
     """One row for a training step of each of --methods, one for a step of each sampler.
 
-    training: that of bench.py.
+    make_step: that of bench.py.
     """
     amp = "bf16" if args.amp == "auto" else args.amp
     sigmas = NoiseSchedule().sigmas  # read here, as tensors without values cannot be
     gc.disable()  # in PyTorch 2.15 the collector has met a tensor here that was freed too early
     try:
         with pretended_gpu() as mode, mode:
-            return training_rows(args, amp, training) + sampling_rows(args, amp, sigmas)
+            return training_rows(args, amp, make_step) + sampling_rows(args, amp, sigmas)
     finally:
-        gc.freeze()  # what is left here is never visited again
         gc.enable()
 
 
-def training_rows(args, amp, training):
+def training_rows(args, amp, make_step):
     B, S = args.batch_size, args.image_size
     x0, eps, u = (torch.empty(B, S, S, 3).permute(0, 3, 1, 2) for _ in range(3))
     t, keys = (torch.zeros(B, dtype=torch.int64) for _ in range(2))
@@ -164,7 +167,7 @@ def training_rows(args, amp, training):
     net = fake_parameters(UNet(**PRESETS[args.model]), CPU)
     found = {}
     with Recorder(CPU) as recorder:
-        step = training(net, CPU, amp, "inductor")
+        step = make_step(net, CPU, amp, "inductor")
         step(args.methods[0], batch)  # makes the optimizer's moments
         for method in args.methods:
             found[f"{method}, B = {B}"] = recorder.calls(step, method, batch)
