@@ -18,7 +18,6 @@ import importlib.util
 import itertools
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -51,7 +50,7 @@ def draws(data, B, device, dropout=0.0):
     args = settings("none")
     args.batch_size = B
     args.dropout = dropout
-    run = SimpleNamespace(data=data, sigma_y=None, device=device, rank=0, world=1)
+    run = argparse.Namespace(data=data, sigma_y=None, device=device, rank=0, world=1)
     batches = Batches(args, run, train.draw_numbers, NoiseSchedule().T)
     return lambda step: batches(step)[0]
 
@@ -65,45 +64,36 @@ def make_step(net, device, amp="auto", backend=None):
 
 
 def new_net(args, device, amp, kind=UNet, form=None):
-    """form: its memory format; None for that of train.py."""
     torch.manual_seed(0)
     return kind(**PRESETS[args.model]).to(device, memory_format=form or layout(device, amp))
 
 
-def steps_of_none(args, device, draw, kinds):
+def steps_of_none(args, device, batch, kinds):
     """(mode, {name: step()}) of each precision and compiler for {name: (network, memory format)}."""
     amps = ("fp32", "bf16") if args.amp == "auto" else (args.amp,)
     backends = (None, args.backend) if args.backend else (None,)
     for amp, backend in itertools.product(amps, backends):
         steps = {}
         for name, (kind, form) in kinds.items():
-            net = new_net(args, device, amp, kind, form)
-            batch = draw(0)
-            for key in ("x0", "eps", "u"):
-                batch[key] = batch[key].contiguous(memory_format=form or layout(device, amp))
-            step = make_step(net, device, amp, backend)
-            steps[name] = functools.partial(step, "none", batch)
+            form = form or layout(device, amp)
+            images = {k: batch[k].contiguous(memory_format=form) for k in ("x0", "eps", "u")}
+            step = make_step(new_net(args, device, amp, kind, form), device, amp, backend)
+            steps[name] = functools.partial(step, "none", batch | images)
         yield f"{amp}, compiled" if backend else amp, steps
 
 
 def interleaved(calls, args):
-    """Seconds per call, {name: (repeats,) array}: every round times each for about --seconds-per."""
-    timers, seconds = {}, {}
-    for name, call in calls.items():
-        threads = torch.get_num_threads()
-        timers[name] = Timer("call()", globals=dict(call=call), num_threads=threads)
-        seconds[name] = []
-    for _ in tqdm(range(args.repeats), desc=", ".join(calls), unit="round", leave=False):
-        for name, timer in timers.items():  # each warms up first, and so compiles
-            seconds[name].append(timer.blocked_autorange(min_run_time=args.seconds_per).median)
-    return {name: np.array(values) for name, values in seconds.items()}
+    """Seconds per call, {name: (repeats,) array}; each round times each, warm, for --seconds-per."""
+    seconds = {name: np.zeros(args.repeats) for name in calls}
+    for i in tqdm(range(args.repeats), desc=", ".join(calls), unit="round", leave=False):
+        for name, call in calls.items():
+            timer = Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads())
+            seconds[name][i] = timer.blocked_autorange(min_run_time=args.seconds_per).median
+    return seconds
 
 
 def rows_of(section, seconds, images, reference):
-    """Table rows: medians over the rounds, and quartiles.
-
-    images: of a call; speed: relative to `reference` in the same round.
-    """
+    """Table rows, medians over the rounds; images: of a call; speed: relative to `reference`."""
     rows = []
     for name, s in seconds.items():
         row = dict(section=section, name=name, ms=1e3 * np.median(s))
@@ -114,32 +104,25 @@ def rows_of(section, seconds, images, reference):
     return rows
 
 
-def flops_of(step, method, batch):
-    """FLOPs of an eager step, 2 per multiply-add of a product or convolution."""
-    with FlopCounterMode(display=False) as counter:
-        step(method, batch)
-    return counter.get_total_flops()
-
-
-def methods(args, device, draw):
+def methods(args, device, batch):
     """none, ran, adv, .. on one network. cost: time relative to the first."""
-    batch = draw(0)
     step = make_step(new_net(args, device, args.amp), device, args.amp, args.backend)
     calls = {method: functools.partial(step, method, batch) for method in args.methods}
     rows = rows_of("methods", interleaved(calls, args), args.batch_size, args.methods[0])
     eager = make_step(new_net(args, device, args.amp), device, args.amp)
     one = {name: value[:1] for name, value in batch.items()}
     for row in rows:
-        flops = flops_of(eager, row["name"], one)
+        with FlopCounterMode(display=False) as counter:
+            eager(row["name"], one)
         row["cost"] = 1 / row["speed"]
-        row["GFLOP_img"] = flops / 1e9
-        row["TFLOP_s"] = flops * row["img_s"] / 1e12
+        row["GFLOP_img"] = counter.get_total_flops() / 1e9
+        row["TFLOP_s"] = row["GFLOP_img"] * row["img_s"] / 1e3
     return rows
 
 
-def modes(args, device, draw):
+def modes(args, device, batch):
     """Precisions, eager and compiled, for the step of `none`."""
-    modes = steps_of_none(args, device, draw, {"ours": (UNet, None)})
+    modes = steps_of_none(args, device, batch, {"ours": (UNet, None)})
     calls = {mode: steps["ours"] for mode, steps in modes}
     return rows_of("modes", interleaved(calls, args), args.batch_size, next(iter(calls)))
 
@@ -153,15 +136,13 @@ class Reference(torch.nn.Module):
         from diffusers import UNet2DModel
 
         super().__init__()
-        with torch.device("meta"):
-            config = UNet(**preset).config
-        self.net = UNet2DModel.from_config(unet2d_config(config, image_size=32))
+        self.net = UNet2DModel.from_config(unet2d_config(UNet(**preset).config, image_size=32))
 
     def forward(self, x, t):
         return self.net(x, t).sample
 
 
-def against(args, device, draw):
+def against(args, device, batch):
     """The same step with diffusers' network, in both memory formats; the ratio is to its better one."""
     kinds = {
         "ours": (UNet, None),
@@ -169,14 +150,14 @@ def against(args, device, draw):
         "diffusers, channels_last": (Reference, torch.channels_last),
     }
     rows = []
-    for mode, steps in steps_of_none(args, device, draw, kinds):
+    for mode, steps in steps_of_none(args, device, batch, kinds):
         seconds = interleaved({f"{mode}: {name}": step for name, step in steps.items()}, args)
         better = min(list(seconds)[1:], key=lambda name: np.median(seconds[name]))
         rows += rows_of("against", seconds, args.batch_size, better)
     return rows
 
 
-def sampling(args, device, draw):
+def sampling(args, device, batch):
     """A few network calls of each sampler are timed; whole samples are computed from them."""
     net = new_net(args, device, args.amp).eval().cast(precision(device, args.amp))  # as sample.py
     mode = "reduce-overhead" if device.type == "cuda" else None  # as sample.py
@@ -185,21 +166,18 @@ def sampling(args, device, draw):
     heun = 2 * len(heun_timesteps(schedule, 18)) - 1
     # network calls of a whole sample; of the few steps that are timed; these steps
     table = {"ddpm": (1000, 4, 4), "ddim": (100, 4, 4), "heun": (heun, 3, 2)}
-    calls = {}
-    for name, (_, _, steps) in table.items():
-        what = model, schedule, range(args.batch_size), draw(0)["x0"].shape[1:], 0, device, name
-        calls[name] = functools.partial(generate, *what, steps=steps)
+    what = model, schedule, range(args.batch_size), batch["x0"].shape[1:], 0, device
+    calls = {k: functools.partial(generate, *what, k, steps=table[k][2]) for k in table}
     with autocast(device, args.amp):
         seconds = interleaved(calls, args)
-    for name, (whole, timed, _) in table.items():
-        seconds[name] *= whole / timed
-    rows = rows_of("sampling (computed)", seconds, args.batch_size, "ddpm")
+    whole = {name: s * table[name][0] / table[name][1] for name, s in seconds.items()}
+    rows = rows_of("sampling (computed)", whole, args.batch_size, "ddpm")
     for row in rows:
         row["network_calls"], row["timed_calls"], _ = table[row["name"]]
     return rows
 
 
-def kernels(args, device, draw):
+def kernels(args, device, batch):
     """What a step launches on a GPU, read from Inductor's code for a pretended H200: nothing is run."""
     from kernels import rows  # private names of PyTorch: no other section should fail with them
 
@@ -210,8 +188,7 @@ SECTIONS = dict(methods=methods, modes=modes, against=against, sampling=sampling
 
 
 def parse_args():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     count, positive = between(1, kind=int), between(0, above=True)
     add("--what", nargs="+", choices=SECTIONS, default=["methods", "modes", "sampling"])
@@ -254,10 +231,10 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     images, labels = load_images(f"synthetic:{max(256, args.batch_size)}", args.image_size)
     data = CorruptedImages(images, labels, 0.9, 0.2, 0, device)
-    draw = draws(data, args.batch_size, device, PRESETS[args.model]["dropout"])
+    batch = draws(data, args.batch_size, device, PRESETS[args.model]["dropout"])(0)
     rows = []
     for name in args.what:
-        rows += SECTIONS[name](args, device, draw)
+        rows += SECTIONS[name](args, device, batch)
         torch.compiler.reset()
     (out / "table.md").write_text(markdown(rows))
     record = dict(n=args.repeats, rows=rows, args=vars(args))
