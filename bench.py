@@ -224,8 +224,8 @@ def main():
     started = time.time()
     device, _, _ = setup(args.device)
     precision(device, args.amp)  # refuses what this device has not
-    compiles = device.type == "cuda" if args.compile is None else args.compile
-    args.backend = "inductor" if compiles else None
+    train.fill(args, compile=device.type == "cuda")
+    args.backend = "inductor" if args.compile else None
     torch.set_num_threads(args.threads)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -237,8 +237,8 @@ def main():
         rows += SECTIONS[name](args, device, batch)
         torch.compiler.reset()
     (out / "table.md").write_text(markdown(rows))
-    record = dict(n=args.repeats, rows=rows, args=vars(args))
-    runtime.write_metrics(out, started, seed=0, device=device, **record)
+    more = dict(n=args.repeats, rows=rows, args=vars(args))
+    runtime.write_metrics(out, started, seed=0, device=device, **more)
     print(f"{markdown(rows)}-> {out}/table.md")
 
 
