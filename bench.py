@@ -27,12 +27,11 @@ from tqdm import tqdm
 
 import runtime
 import train
-from data import CorruptedImages, load_images
+from data import Batches, CorruptedImages, load_images
 from losses import NoiseSchedule
 from runtime import autocast, between, layout, precision, setup
 from sample import generate
 from samplers import heun_timesteps
-from training import Batches
 from unet import PRESETS, UNet
 from weights import unet2d_config
 

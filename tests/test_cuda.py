@@ -22,6 +22,7 @@ from cli import call
 from torch._dynamo.testing import CompileCounter
 
 import attack
+import bench
 import data
 import memorization
 import metrics
@@ -34,13 +35,14 @@ from classifier import Features, WideResNet
 from data import CORRUPTION_STREAM, CorruptedImages, image_noise
 from losses import NoiseSchedule
 from rng import philox
-from unet import UNet
+from unet import PRESETS, UNet
 
 try:
     from torch._subclasses import fake_tensor
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     import cuda_code
+    import kernels
     from cuda_code import CPU, CUDA
 except (ImportError, AttributeError) as e:
     pytest.skip(
@@ -485,6 +487,30 @@ def step_code():
 @needs_codegen
 def test_kernels_of_a_sampling_step(inductor, tmp_path):
     assert compile_all(inductor(step_code), tmp_path) >= 4
+
+
+@needs_codegen
+def test_a_step_is_counted(inductor, monkeypatch):
+    """`bench.py --what kernels` on a small network: FLOPs as in test_bench.py, the attack's without
+    the weights; no weight is cast in the graphs; a sampler's step is a few launches."""
+    shape = dict(channels=(32,), attention=(False,), blocks=1, dropout=0.1)
+    monkeypatch.setitem(PRESETS, "tiny", shape)
+    args = SimpleNamespace(
+        model="tiny", methods=["none", "adv"], amp="bf16", batch_size=B, image_size=S,
+        bandwidth=4.8, peak=989.0,
+    )  # fmt: skip
+    none, adv, ddpm, ddim, heun = kernels.rows(args, bench.make_step)
+    assert adv["GFLOP"] / none["GFLOP"] == pytest.approx(8 / 3, rel=0.03)
+    assert none["copies"] == adv["copies"] == 0
+    assert none["launches"] == none["triton"] + none["library"] + none["eager"]
+    assert none["eager"] < 40
+    assert ddpm["launches"] <= 10
+    assert ddim["launches"] <= 10
+    assert heun["launches"] <= 12  # of two network calls
+    for row in (none, adv, ddpm, ddim, heun):
+        assert 0 < row["GB_triton"] < row["GB"]
+        assert row["small"] <= row["triton"]
+        assert row["ms"] >= kernels.SHORTEST * (row["triton"] + row["library"] + row["eager"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
