@@ -234,11 +234,11 @@ def test_devices_of_a_batch(gpu, kind, monkeypatch):
         device=CUDA,
         seed=0,
         sigma=0.5,
-        corrupt=kind,
+        corrupt=data.CORRUPTIONS[kind][0],
         streams=False,
-        _noise=image_noise,
+        intact=False,
+        noise=image_noise,
         images=torch.zeros(9, S, S, 3, dtype=torch.uint8, device=CUDA),
-        foreign=torch.zeros(9, S, S, 3, dtype=torch.uint8, device=CUDA),
         corrupted=torch.ones(9, dtype=torch.bool, device=CUDA),
     )
     index = torch.zeros(B, dtype=torch.int64, device=CUDA)
