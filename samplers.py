@@ -207,7 +207,8 @@ def heun_follow(
     (default T - 1). S_churn > 0 adds noise within [S_min, S_max]; all levels are rounded to the
     schedule's (ours).
     """
-    scales = schedule.alphas_bar.to(x_T.device).sqrt().to(x_T.dtype)
+    abars = schedule.alphas_bar.to(x_T.device)
+    scales = abars.sqrt().to(x_T.dtype)
     table = np.array(schedule.sigmas)
     sigmas = torch.cat([((1 - abars) / abars).sqrt(), torch.zeros_like(abars[:1])])  # at -1: 0
     predict, correct = heun_predict, heun_correct

@@ -26,11 +26,13 @@ import bench
 import data
 import memorization
 import metrics
+import purification
 import purify
 import rng
 import sample
 import samplers
 import train
+import training
 from classifier import Features, WideResNet
 from data import CORRUPTION_STREAM, CorruptedImages, image_noise
 from losses import NoiseSchedule
@@ -245,24 +247,21 @@ def test_devices_of_a_batch(gpu, kind, monkeypatch):
     assert x.batch(index, index > 0).device == CUDA
 
 
-def test_devices_of_the_attack(gpu):
+def test_devices_of_the_attack(gpu, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # the noise
     schedule, index = NoiseSchedule().to(CUDA), torch.zeros(B, dtype=torch.int64, device=CUDA)
     options = dict(steps=2, spacing="respaced", clip=True, variance="fixed-large")
-    pairs, step = attack.sampler_steps("ddpm", options, schedule.T)
-    tally = torch.zeros(B, len(attack.TALLY), dtype=torch.float64, device=CUDA)
-    on_step = attack.attack(
-        network().eval(), schedule, pairs, step, index, 0, [0, 1], iters=2, eot=1, tally=tally
-    )
-    assert on_step(0, pairs[0][0], images(1)[0]).device == CUDA
+    on_step = attack.Attack(network().eval(), schedule, "ddpm", options, index, 0, iters=2)
+    assert on_step(0, on_step.pairs[0][0], images(1)[0]).device == CUDA
 
 
-@pytest.mark.parametrize("sampler", purify.SAMPLERS)
+@pytest.mark.parametrize("sampler", purification.SAMPLERS)
 def test_devices_of_a_purifier_under_attack(gpu, sampler, monkeypatch):
     monkeypatch.setattr(
-        purify, "noise_on", lambda kind: data.image_noise
+        purification, "noise_on", lambda kind: data.image_noise
     )  # compiled on a GPU: see test_kernels_of_the_noise
     monkeypatch.setattr(samplers, "heun_timesteps", lambda *args: HEUN)
-    net = purify.PurifiedClassifier(
+    net = purification.PurifiedClassifier(
         network(), NoiseSchedule().to(CUDA), classifier(), sampler, t_star=2, nfe=2, rounds=1
     )
     x, y = images(1)[0], torch.zeros(B, dtype=torch.int64, device=CUDA)
@@ -618,12 +617,20 @@ def test_loader_thread_only_reads(monkeypatch, tmp_path):
         def __getitem__(self, index):
             return noted("read", np.ndarray.__getitem__)(self.view(np.ndarray), index)
 
-    monkeypatch.setattr(train, "CorruptedImages", streaming)
-    monkeypatch.setattr(
-        train, "probe", lambda *args: ({}, {})
-    )  # which reads before the loop begins
-    monkeypatch.setattr(train, "diagnose", lambda *args: {})
-    flags = "--model mini --image-size 8 --data synthetic:16 --batch-size 2 --p 0.5 --sigma 0.2 --iters 2 --sample-every 0"
-    monkeypatch.setattr(train, "generate", lambda *args, **kw: torch.zeros(64, 3, S, S))
+    def probe(*args):  # which reads before the loop begins
+        return {}, {}
+
+    def diagnose(*args):
+        return {}
+
+    def generate(*args, **kwargs):
+        return torch.zeros(64, 3, S, S)
+
+    monkeypatch.setattr(training, "CorruptedImages", streaming)
+    monkeypatch.setattr(metrics, "probe", probe)
+    monkeypatch.setattr(metrics, "diagnose", diagnose)
+    monkeypatch.setattr(training, "generate", generate)
+    flags = """--model mini --image-size 8 --data synthetic:16 --batch-size 2 --p 0.5 --sigma 0.2
+        --iters 2 --sample-every 0"""
     assert call(train, *flags.split(), "--device", "cpu", "--out", tmp_path) == 0
     assert in_main == {"read": {False}, "noise": {True}}
