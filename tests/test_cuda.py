@@ -447,60 +447,44 @@ def test_integer_kernels_equal_eager(inductor, planted, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
 
 
-def network_code(mode):
-    """Of the small network in bf16: "training" forward and backward, "frozen" (as the attack calls
-    it), "sampling"; with the keys of dropout."""
-    net = network().train(mode != "sampling")
-    t, keys = (torch.zeros(B, dtype=torch.int64, device=CUDA) for _ in range(2))
-    args = [images(1)[0], t, keys, *[p.detach() for p in net.parameters()]]
-    needs = [mode == "frozen", False, False] + [mode == "training"] * (len(args) - 3)
-    return cuda_code.code_of(cuda_code.functional(net), args, needs, torch.bfloat16)
+@pytest.fixture(scope="module")
+def counted(inductor):
+    """`bench.py --what kernels` on a small network -> its rows, the codes of all that it counts.
 
+    These are the network in training, frozen (as the attack calls it) and in sampling, in bf16, with
+    the keys of dropout, and the samplers' steps with their noise.
+    """
+    codes = []
+    code_of = kernels.code_of
 
-@needs_codegen
-@pytest.mark.parametrize("mode", ["training", "frozen", "sampling"])
-def test_kernels_of_the_network(inductor, mode, tmp_path):
-    codes = inductor(lambda: network_code(mode))
-    assert len(codes) == (1 if mode == "sampling" else 2)
-    assert compile_all(codes, tmp_path) > 20
+    def noted(*call):
+        codes.append(code_of(*call))
+        return codes[-1]
 
-
-def sampler_steps():
-    """What a sampler compiles, with arguments: [(function, args)]."""
-    x, eps, z = images()
-    abars = [torch.ones(B, dtype=torch.float64, device=CUDA) for _ in range(2)]
-    sigmas = [torch.ones((), dtype=torch.float64, device=CUDA) for _ in range(2)]
-    return [
-        (samplers.ddpm_step, [x, eps, z, *abars]),
-        (samplers.ddim_step, [x, eps, z, *abars]),
-        (samplers.heun_predict, [x, eps, *sigmas]),
-        (samplers.heun_correct, [x, eps, z, eps, *sigmas]),
-    ]
-
-
-def step_code():
-    codes = [cuda_code.code_of(step, args) for step, args in sampler_steps()]
-    return sum(codes, [])
-
-
-@needs_codegen
-def test_kernels_of_a_sampling_step(inductor, tmp_path):
-    assert compile_all(inductor(step_code), tmp_path) >= 4
-
-
-@needs_codegen
-def test_a_step_is_counted(inductor, monkeypatch):
-    """`bench.py --what kernels` on a small network: FLOPs as in test_bench.py, the attack's without
-    the weights; no weight is cast in the graphs; a sampler's step is a few launches."""
-    shape = dict(channels=(32,), attention=(False,), blocks=1, dropout=0.1)
-    monkeypatch.setitem(PRESETS, "tiny", shape)
     args = SimpleNamespace(
         model="tiny", methods=["none", "adv"], amp="bf16", batch_size=B, image_size=S,
         bandwidth=4.8, peak=989.0,
     )  # fmt: skip
-    none, adv, ddpm, ddim, heun = kernels.rows(args, bench.make_step)
+    patched = mock.patch.object(kernels, "code_of", noted)
+    with patched, mock.patch.dict(PRESETS, tiny=SHAPE):
+        return kernels.rows(args, bench.make_step), codes
+
+
+@needs_codegen
+def test_kernels_of_a_step(counted, tmp_path):
+    _, codes = counted
+    forward_and_backward = [len(code) == 2 for code in codes]
+    assert forward_and_backward[:3] == [True, True, False]  # training, frozen, sampling
+    assert compile_all(sum(codes, []), tmp_path) > 60
+
+
+@needs_codegen
+def test_a_step_is_counted(counted):
+    """FLOPs as in test_bench.py, the attack's without the weights; no weight is cast in the graphs; a
+    sampler's step is a few launches."""
+    (none, adv, ddpm, ddim, heun), _ = counted
     assert adv["GFLOP"] / none["GFLOP"] == pytest.approx(8 / 3, rel=0.03)
-    assert none["copies"] == adv["copies"] == 0
+    assert none["copies"] == 0
     assert none["launches"] == none["triton"] + none["library"] + none["eager"]
     assert none["eager"] < 40
     assert ddpm["launches"] <= 10
