@@ -2,7 +2,7 @@
 
     python bench.py                                  # methods, modes, sampling; for a GPU
     python bench.py --model tiny --image-size 16     # the same on a CPU, in a few minutes
-    python bench.py --what against --batch-size 8    # diffusers' UNet2DModel of equal shape beside ours
+    python bench.py --what against --batch-size 8    # diffusers' UNet2DModel beside ours
     python bench.py --what kernels                   # a step's CUDA kernels, counted; needs no GPU
 
 The claim (P1): a step of Robust_adv costs 2.5 times one of DDPM. In FLOPs it is 8 / 3: three
@@ -39,7 +39,7 @@ METHODS = ["none", *(m for m, (_, flags, _) in train.OBJECTIVES.items() if "reg_
 
 
 def settings(method, amp="auto"):
-    """train.py's own, without the warm-up; the regulariser on every row from the start, as in P1."""
+    """train.py's own, without warm-up; the regulariser on every row from the start, as in P1."""
     flags = ["--robust", method, "--amp", amp, "--warmup", "0", "--reg-last", "1"]
     return train.parse_args([*flags, "--reg-share", "1"])
 
@@ -68,7 +68,7 @@ def new_net(args, device, amp, kind=UNet, form=None):
 
 
 def steps_of_none(args, device, batch, kinds):
-    """(mode, {name: step()}) of each precision and compiler for {name: (network, memory format)}."""
+    """(mode, {name: step()}) for each precision and compiler; kinds: {name: (network, format)}."""
     amps = ("fp32", "bf16") if args.amp == "auto" else (args.amp,)
     backends = (None, args.backend) if args.backend else (None,)
     for amp, backend in itertools.product(amps, backends):
@@ -82,7 +82,7 @@ def steps_of_none(args, device, batch, kinds):
 
 
 def interleaved(calls, args):
-    """Seconds per call, {name: (repeats,) array}; each round times each, warm, for --seconds-per."""
+    """Seconds per call, {name: (repeats,) array}; a round times each, warm, for --seconds-per."""
     seconds = {name: np.zeros(args.repeats) for name in calls}
     for i in tqdm(range(args.repeats), desc=", ".join(calls), unit="round", leave=False):
         for name, call in calls.items():
@@ -142,7 +142,7 @@ class Reference(torch.nn.Module):
 
 
 def against(args, device, batch):
-    """The same step with diffusers' network, in both memory formats; the ratio is to its better one."""
+    """The same step with diffusers' network, in two memory formats; speed: to its better one."""
     kinds = {
         "ours": (UNet, None),
         "diffusers": (Reference, torch.contiguous_format),
@@ -177,7 +177,7 @@ def sampling(args, device, batch):
 
 
 def kernels(args, device, batch):
-    """What a step launches on a GPU, read from Inductor's code for a pretended H200: nothing is run."""
+    """What a step launches on a GPU, by Inductor's code for a pretended H200: nothing is run."""
     from kernels import rows  # private names of PyTorch: no other section should fail with them
 
     return rows(args, make_step)

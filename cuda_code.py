@@ -73,7 +73,7 @@ def answers(value):
 
 
 def replacements(capability):
-    """[(where, name, what)]: what stands for the driver and for the parts of Inductor that ask it."""
+    """[(where, name, what)]: what stands for the driver and for what asks it."""
     properties_of = answers(properties(capability))
     cuda = dict(
         get_device_properties=properties_of,

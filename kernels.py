@@ -1,8 +1,8 @@
-"""What a training or sampling step launches on a GPU, counted without one: `bench.py --what kernels`.
+"""What a step launches on a GPU, counted without one: `bench.py --what kernels`.
 
 The step runs once on tensors without values, while `Recorder` notes its operators and the calls of
-what torch.compile was given. The latter count as Inductor's code for a pretended H200 (cuda_code.py)
-says. The network is counted once for each way in which it is called, however often it is.
+what torch.compile was given. The latter count as Inductor's code for a pretended H200 says
+(cuda_code.py). The network is counted once for each way in which it is called, however often it is.
 """
 
 import gc
@@ -198,7 +198,7 @@ def sampling_rows(args, amp, sigmas):
 
 
 def row(args, name, net, recorder, eager, compiled):
-    """launches: by the host. A frozen network's call is a CUDA graph and the copies of its inputs."""
+    """launches: by the host; a network without gradients is a CUDA graph and its inputs' copies."""
     graphs = [call for call in compiled if call[0] in recorder.networks and not any(call[2])]
     codes = [recorder.code(*call) for call in compiled]
     numbers = totals(sum(codes, []), eager, net, args)
@@ -212,8 +212,8 @@ def row(args, name, net, recorder, eager, compiled):
 def totals(codes, eager, net, args):
     """The numbers of a step: those of its compiled calls' codes, and [(operator, GB)] of the rest.
 
-    triton: generated kernels; small: those that move less than 2 MB; copies: those that only cast or
-    copy one parameter; library: products, convolutions and attentions; eager: operators outside the
+    triton: generated kernels; small: those that move less than 2 MB; copies: those that only cast
+    or copy one parameter; library: products, convolutions and attentions; eager: operators outside the
     compiled graphs. GB: of all; ms: if each is bound by --bandwidth or --peak, SHORTEST at least.
     """
     sizes = {p.numel() for p in net.parameters()}
