@@ -208,6 +208,7 @@ def heun_follow(
     schedule's (ours).
     """
     abars = schedule.alphas_bar.to(x_T.device)
+    scales = abars.sqrt().to(x_T.dtype)
     table = np.array(schedule.sigmas)
     sigmas = torch.cat([((1 - abars) / abars).sqrt(), torch.zeros_like(abars[:1])])  # at -1: 0
     predict, correct = heun_predict, heun_correct
@@ -216,12 +217,12 @@ def heun_follow(
         correct = torch.compile(heun_correct, dynamic=False)
 
     def eps(x, t):
-        answer = model(x * abars[t].sqrt().to(x.dtype), torch.full((len(x),), t, device=x.device))
+        answer = model(x * scales[t], torch.full((len(x),), t, device=x.device))
         # a CUDA graph writes its next output over this one
         return answer if clip else answer.clone()
 
     ts = heun_timesteps(schedule, steps, t_start)
-    x = x_T / abars[ts[0]].sqrt().to(x_T.dtype)
+    x = x_T / scales[ts[0]]
     for i, (t, t_next) in enumerate(zip(ts, ts[1:] + [-1])):
         if S_churn > 0 and S_min <= table[t] <= S_max:
             wanted = table[t] * (1 + min(S_churn / len(ts), 2**0.5 - 1))

@@ -204,15 +204,10 @@ def to_diffusers(state):
     return theirs
 
 
-def write_diffusers(state, config, folder, image_size):
-    """FOLDER/model_index.json, unet/ and scheduler/, which DDPMPipeline.from_pretrained opens."""
-    if config["patch"] > 1:
-        raise ValueError(
-            f"{folder}: a network on {config['patch']}x{config['patch']} patches, as --model mini, "
-            "has no form in diffusers; train tiny, ddpm or ddpm64"
-        )
+def unet2d_config(config, image_size):
+    """That of a UNet2DModel for the config of a UNet."""
     attention = config["attention"]
-    unet = {key: value for key, (value, _) in FIXED.items()} | dict(
+    return {key: value for key, (value, _) in FIXED.items()} | dict(
         _class_name="UNet2DModel",
         sample_size=image_size,
         in_channels=config["in_channels"],
@@ -224,10 +219,19 @@ def write_diffusers(state, config, folder, image_size):
         norm_num_groups=config["groups"],
         dropout=config["dropout"],
     )
+
+
+def write_diffusers(state, config, folder, image_size):
+    """FOLDER/model_index.json, unet/ and scheduler/, which DDPMPipeline.from_pretrained opens."""
+    if config["patch"] > 1:
+        raise ValueError(
+            f"{folder}: a network on {config['patch']}x{config['patch']} patches, as --model mini, "
+            "has no form in diffusers; train tiny, ddpm or ddpm64"
+        )
     folder = Path(folder)
     write_json(folder / "model_index.json", PIPELINE)
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-    write_json(folder / "unet" / "config.json", unet)
+    write_json(folder / "unet" / "config.json", unet2d_config(config, image_size))
     path = folder / "unet" / "diffusion_pytorch_model.bin"
     tmp = path.with_suffix(".tmp")
     torch.save(to_diffusers(state), tmp)

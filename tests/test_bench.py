@@ -1,7 +1,8 @@
 """bench.py: it times train.py's step, its FLOPs and ratios are right, and compiling changes no result."""
 
-import csv
+import functools
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -11,7 +12,9 @@ import torch
 from cli import call
 
 import bench
+import sample
 import train
+import training
 from data import CorruptedImages, load_images
 from unet import PRESETS, UNet
 
@@ -31,56 +34,43 @@ def one_thread():
 
 @pytest.fixture
 def smaller(monkeypatch):
-    monkeypatch.setitem(PRESETS, "tiny", SHAPE)
+    monkeypatch.setitem(PRESETS, "tiny", dict(SHAPE))
 
 
 def run(out, *args):
     assert call(bench, *SMALL, "--out", out, *args) == 0
-    with (out / "table.csv").open() as f:
-        return {row["name"]: row for row in csv.DictReader(f)}
+    return {row["name"]: row for row in json.loads((out / "metrics.json").read_text())["rows"]}
 
 
 def small_net():
     torch.manual_seed(0)
     net = UNet(**SHAPE)
-    torch.nn.init.normal_(
-        net.conv_out.weight, std=0.02
-    )  # the zero it starts with would hide the attack
+    # the zero it starts with would hide the attack
+    torch.nn.init.normal_(net.conv_out.weight, std=0.02)
     return net
 
 
-def batches(B=4):
-    return bench.draws(CorruptedImages(*load_images("synthetic:64", 8), 0.9, 0.2), B, CPU)
+def batches(B=4, dropout=0.0):
+    data = CorruptedImages(*load_images("synthetic:64", 8), 0.9, 0.2)
+    return bench.draws(data, B, CPU, dropout)
 
 
 def test_step_and_draws_are_those_of_train(tmp_path, smaller, monkeypatch):
-    """Three steps of both from the same weights: equal bit for bit, so that what is timed is what is trained."""
-    monkeypatch.setattr(
-        train, "generate", lambda *args, **kw: torch.zeros(64, 3, 8, 8)
-    )  # no time for its last grid
-    flags = "--model tiny --image-size 8 --data synthetic:64 --batch-size 4 --robust adv --p 0.9 --sigma 0.2 --iters 3"
-    flags = [*flags.split(), "--reg-last", 1, "--reg-share", 1]
-    assert (
-        call(
-            train,
-            *flags,
-            "--lr",
-            2e-4,
-            "--warmup",
-            0,
-            "--sample-every",
-            0,
-            "--device",
-            "cpu",
-            "--out",
-            tmp_path,
-        )
-        == 0
-    )
+    """Three steps of both from the same weights: equal bit for bit; what is timed is what is trained."""
+
+    def generate(*args, **kwargs):  # no time for its last grid
+        return torch.zeros(64, 3, 8, 8)
+
+    monkeypatch.setattr(training, "generate", generate)
+    monkeypatch.setitem(PRESETS["tiny"], "dropout", 0.1)
+    flags = """--model tiny --image-size 8 --data synthetic:64 --batch-size 4 --robust adv --p 0.9
+        --sigma 0.2 --iters 3 --reg-last 1 --reg-share 1 --lr 2e-4 --warmup 0 --sample-every 0
+        --device cpu --amp fp32"""
+    assert call(train, *flags.split(), "--out", tmp_path) == 0
     expected = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
     torch.manual_seed(0)
     net = UNet(**PRESETS["tiny"]).to(memory_format=torch.channels_last)
-    step, draw = bench.training(net, CPU), batches()
+    step, draw = bench.make_step(net, CPU, "fp32"), batches(dropout=0.1)
     for k in range(3):
         step("adv", draw(k))
     assert all(torch.equal(expected[name], value) for name, value in net.state_dict().items())
@@ -109,11 +99,15 @@ def test_flops_are_counted_passes():
         2 * F - conv_in - time_in + scores,
         F - embedding + 3 * scores,
     )  # backwards; both factors are activations
-    flops = {m: bench.flops_of(net, m, batch) for m in bench.METHODS}
+    step = bench.make_step(net, CPU, "fp32")
+    flops = {}
+    for method in bench.METHODS:
+        with bench.FlopCounterMode(display=False) as counter:
+            step(method, batch)
+        flops[method] = counter.get_total_flops()
     assert flops["none"] == F + full
     assert flops["ran"] == flops["inv-ran"] == 2 * (F + full)
     assert flops["adv"] == flops["inv-adv"] == 3 * F + attack + 2 * full
-    assert all(p.grad is None for p in net.parameters())
 
     with torch.device("meta"), bench.FlopCounterMode(display=False) as counter:
         UNet(**PRESETS["ddpm"])(torch.zeros(1, 3, 32, 32), torch.zeros(1))
@@ -124,122 +118,103 @@ def test_flops_are_counted_passes():
 
 def test_rounds_take_turns_and_ratios_are_taken_within_them(monkeypatch):
     """With a clock that slows down from round to round, the ratio of two calls stays exact."""
-    now, log, pace = [0.0], [], [1.0]
-    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    now, pace = [0.0], [1.0]
+    log = ""
+
+    def clock():
+        return now[0]
 
     def work(name, cost):
-        log.append(name)
-        pace[0] += 0.5 * (name == "b" and len(log) > 4)
+        nonlocal log
+        log += name
+        if name == "a" and log[-2:-1] == "b":  # a round begins
+            pace[0] += 0.5
         now[0] += cost * pace[0]
 
-    args = SimpleNamespace(seconds_per=3.0, repeats=3, worker=None)
-    seconds = bench.interleaved(
-        {"a": lambda: work("a", 1.0), "b": lambda: work("b", 3.0)}, args, CPU
-    )
-    assert (
-        "".join(log) == "aabb" + 3 * "aaaabb"
-    )  # two to start; a warm-up before 3 or 1 timed calls
-    rows = bench.rows_of(
-        "s", {"a": np.array([1.0, 2, 4]), "b": np.array([3.0, 6, 12])}, dict(a=6, b=6), "a"
-    )
-    assert seconds["a"][0] == 1 and len(seconds["b"]) == 3 and seconds["a"][2] > seconds["a"][0]
-    assert [rows[1][k] for k in ("speed", "speed_q25", "speed_q75")] == pytest.approx([1 / 3] * 3)
-    assert [rows[0][k] for k in ("img_s_q25", "img_s", "img_s_q75", "ms")] == [2.25, 3, 4.5, 2000]
+    monkeypatch.setattr(bench, "Timer", functools.partial(bench.Timer, timer=clock))
+    args = SimpleNamespace(seconds_per=12.0, repeats=3)
+    calls = {"a": functools.partial(work, "a", 1.0), "b": functools.partial(work, "b", 3.0)}
+    seconds = bench.interleaved(calls, args)
+    rounds = re.findall("a+b+", log)
+    assert len(rounds) == 3
+    assert "".join(rounds) == log
+    assert len(set(seconds["a"])) == 3  # the pace changes
+    assert seconds["b"] / seconds["a"] == pytest.approx([3, 3, 3])
+    given = {"a": np.array([1.0, 2, 4]), "b": np.array([3.0, 6, 12])}
+    rows = bench.rows_of("s", given, 6, "a")
+    assert rows[1]["speed"] == pytest.approx(1 / 3)
+    assert rows[1]["speed quartiles"] == "0.333, 0.333"
+    assert (rows[0]["img_s"], rows[0]["ms"]) == (3, 2000)
+    assert rows[0]["img_s quartiles"] == "2.25, 4.5"
 
 
 def test_command_leaves_its_tables(tmp_path, capsys, smaller):
-    rows = run(
-        tmp_path, "--methods", "none", "adv", "--what", "methods", "sampling", "loader", "profile"
-    )
-    assert set(rows) == {"none", "adv", "ddpm", "ddim", "heun", "fixed batch", "batch, draws, log"}
-    assert float(rows["adv"]["GFLOP_img"]) / float(rows["none"]["GFLOP_img"]) == pytest.approx(
-        8 / 3, rel=0.03
-    )
-    assert (
-        float(rows["adv"]["cost"]) > 1
-        and float(rows["none"]["cost"]) == float(rows["none"]["speed"]) == 1
-    )
-    assert all(
-        float(r["img_s_q25"]) <= float(r["img_s"]) <= float(r["img_s_q75"]) for r in rows.values()
-    )
+    what = ["methods", "modes", "sampling"]
+    rows = run(tmp_path, "--methods", "none", "adv", "--what", *what)
+    assert set(rows) == {"none", "adv", "fp32", "bf16", "ddpm", "ddim", "heun"}
+    assert rows["adv"]["GFLOP_img"] / rows["none"]["GFLOP_img"] == pytest.approx(8 / 3, rel=0.03)
+    assert rows["none"]["cost"] == rows["none"]["speed"] == 1
+    assert rows["adv"]["cost"] > 1
     ddpm = rows["ddpm"]  # a whole sample, computed
-    assert (
-        float(ddpm["img_s"]) * float(ddpm["ms"]) / 1e3 == pytest.approx(4, rel=0.5)
-        and ddpm["network_calls"] == "1000"
-    )
-    assert [rows[s]["timed_calls"] for s in ("ddpm", "ddim", "heun")] == ["4", "4", "3"]
+    assert ddpm["img_s"] * ddpm["ms"] / 1e3 == pytest.approx(4, rel=0.5)
+    assert ddpm["network_calls"] == 1000
+    assert [rows[s]["timed_calls"] for s in ("ddpm", "ddim", "heun")] == [4, 4, 3]
     record = json.loads((tmp_path / "metrics.json").read_text())
-    assert (
-        record["hardware"]["threads"] == 1
-        and record["hardware"]["cpu"]
-        and len(record["rows"]) == 7
-    )
-    assert (
-        "| none |" in (tmp_path / "table.md").read_text()
-        and (tmp_path / "bench.png").stat().st_size > 5000
-    )
-    assert "adv: host syncs per step" in capsys.readouterr().out
-    assert "convolution_backward" in (tmp_path / "profile.txt").read_text()
+    assert "1 threads" in record["device"]
+    table = (tmp_path / "table.md").read_text()
+    assert "| none |" in table
+    assert "| bf16 |" in table
+    assert table in capsys.readouterr().out
+
+
+def test_timed_calls_are_the_networks(smaller, monkeypatch):
+    """What `sampling` divides by: the calls of the network that a short run of each sampler makes."""
+    calls = dict.fromkeys(("ddpm", "ddim", "heun"), 0)
+
+    def generate(model, schedule, index, shape, seed, device, sampler, **options):
+        def counted(x, t):
+            calls[sampler] += 1
+            return model(x, t)
+
+        return sample.generate(counted, schedule, index, shape, seed, device, sampler, **options)
+
+    monkeypatch.setattr(bench, "generate", generate)
+    monkeypatch.setattr(bench, "interleaved", once)
+    args = SimpleNamespace(model="tiny", amp="fp32", backend=None, batch_size=2)
+    rows = bench.sampling(args, CPU, batches(2)(0))
+    assert {row["name"]: row["timed_calls"] for row in rows} == calls
+
+
+def once(calls, args):
+    """In the place of bench.interleaved: each call is made, its time is a second."""
+    for timed in calls.values():
+        timed()
+    return {name: np.ones(1) for name in calls}
 
 
 def test_against_times_networks_of_equal_shape(tmp_path, monkeypatch):
-    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers")
     for name in ("ddpm", "ddpm64", "tiny"):
         with torch.device("meta"):
-            sizes = [
-                {tuple(p.shape) for p in net.parameters() if p.dim() == 4}
-                for net in (UNet(**PRESETS[name]), bench.Reference(32, **PRESETS[name]))
-            ]
+            pair = UNet(**PRESETS[name]), bench.Reference(**PRESETS[name])
+        sizes = [{tuple(p.shape) for p in net.parameters() if p.dim() == 4} for net in pair]
         assert sizes[0] == sizes[1]
     monkeypatch.setitem(PRESETS, "tiny", SHAPE)
-    seconds = dict(
-        zip(("ours", "diffusers", "diffusers, channels_last"), ([1.0, 2.0], [2.0, 8.0], [3.0, 3.0]))
-    )
+    given = ([1.0, 2.0], [2.0, 8.0], [3.0, 3.0])
+    seconds = dict(zip(("ours", "diffusers", "diffusers, channels_last"), given))
 
-    def interleaved(calls, args, device):  # each step is made, its time is given
-        return {
-            name: call() and np.array(seconds[name.removeprefix("fp32: ")])
-            for name, call in calls.items()
-        }
+    def interleaved(calls, args):
+        once(calls, args)
+        return {name: np.array(seconds[name.split(": ")[1]]) for name in calls}
 
     monkeypatch.setattr(bench, "interleaved", interleaved)
-    rows = run(tmp_path, "--against", "diffusers", "--amp", "fp32")
-    speed = {
-        name: float(row["speed"]) for name, row in rows.items()
-    }  # to the network with the lower median, in each round
-    assert speed == {
-        "fp32: ours": 2.25,
-        "fp32: diffusers": 0.9375,
-        "fp32: diffusers, channels_last": 1,
-    }
-    assert json.loads((tmp_path / "metrics.json").read_text())["diffusers"] == diffusers.__version__
-
-
-def test_scaling_over_two_nodes(tmp_path, monkeypatch):
-    """Two agents, a process each, meet and step together; then the table's arithmetic with given times."""
-    args = SimpleNamespace(
-        out=tmp_path,
-        backend=None,
-        threads=1,
-        model="tiny",
-        image_size=8,
-        batch_size=2,
-        amp="fp32",
-        repeats=2,
-        seconds_per=0.001,
-        processes=3,
-        nodes=1,
-    )
-    seconds = bench.torchrun(args, CPU, 2, 2)
-    assert len(seconds) == 2 and (seconds > 0).all()
-    monkeypatch.setattr(
-        bench, "torchrun", lambda args, device, n, nodes: np.array([1.0 + 0.25 * (n - 1)])
-    )
-    rows = {r["name"]: r for r in bench.scaling(args, CPU, None)}
-    assert list(rows) == ["1 process", "2 processes", "3 processes"]
-    assert [rows["3 processes"][k] for k in ("img_s", "speed", "efficiency")] == pytest.approx(
-        [6 / 1.5, 2, 2 / 3]
-    )
+    rows = run(tmp_path, "--what", "against")
+    # to the network with the lower median, in each round
+    assert len(rows) == 6
+    for amp in ("fp32", "bf16"):
+        assert rows[f"{amp}: ours"]["speed"] == 2.25
+        assert rows[f"{amp}: diffusers"]["speed"] == 0.9375
+        assert rows[f"{amp}: diffusers, channels_last"]["speed"] == 1
 
 
 @pytest.mark.skipif(
@@ -250,7 +225,7 @@ def test_compiling_changes_no_result():
     """50 steps, none and adv in turn: the traced graphs of forward, backward and attack. (Inductor takes minutes on a CPU.)"""
     losses, draw = [], batches(2)
     for backend in (None, "aot_eager"):
-        step = bench.training(small_net(), CPU, backend=backend)
+        step = bench.make_step(small_net(), CPU, backend=backend)
         losses.append(
             torch.stack([step(("none", "adv")[k % 2], draw(k))["loss"] for k in range(50)])
         )
@@ -269,9 +244,7 @@ def test_refuses_bad_input(tmp_path, capsys):
     assert "--batch-size -1" in refuse("--batch-size", -1)
     assert "--seconds-per nan" in refuse("--seconds-per", "nan")
     assert "--image-size 10" in refuse("--image-size", 10)
-    assert "twice" in refuse("--methods", "none", "none")
-    assert "--nodes 2" in refuse("--nodes", 2, "--processes", 1)
-    assert "--model mini" in refuse("--model", "mini", "--against", "diffusers")
+    assert "--model mini" in refuse("--model", "mini", "--what", "against")
     assert "--amp fp16" in refuse("--amp", "fp16")
     assert "--device mps" in refuse("--device", "mps")
     assert not (tmp_path / "o").exists()

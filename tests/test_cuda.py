@@ -22,6 +22,7 @@ from cli import call
 from torch._dynamo.testing import CompileCounter
 
 import attack
+import bench
 import data
 import memorization
 import metrics
@@ -31,18 +32,23 @@ import rng
 import sample
 import samplers
 import train
+import training
 from classifier import Features, WideResNet
 from data import CORRUPTION_STREAM, CorruptedImages, image_noise
 from losses import NoiseSchedule
 from rng import philox
-from unet import UNet
+from unet import PRESETS, UNet
 
 try:
+    from torch._subclasses import fake_tensor
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    import cuda_code
     import kernels
-    from kernels import CPU, CUDA
+    from cuda_code import CPU, CUDA
 except (ImportError, AttributeError) as e:
     pytest.skip(
-        f"kernels.py: PyTorch {torch.__version__} has moved a private name: {e}",
+        f"cuda_code.py: PyTorch {torch.__version__} has moved a private name: {e}",
         allow_module_level=True,
     )
 
@@ -59,6 +65,59 @@ pytestmark = pytest.mark.skipif(
 
 
 @contextlib.contextmanager
+def eager_autograd():
+    """Within it fake tensors on CUDA are differentiable outside a graph too.
+
+    In float32, as autocast would not know them.
+    """
+    dispatch = FakeTensor.__torch_dispatch__
+    mode_dispatch = FakeTensorMode.__torch_dispatch__
+    engine = torch.autograd.graph._engine_run_backward
+    device_of = torch.ops.prim.device.default
+    to = torch.ops.aten._to_copy
+    inside = []  # a backward
+
+    def answer(x):  # what C++ hears; Python reads x.device from the tensor itself
+        if x.fake_mode.in_kernel_invocation:
+            return torch.device("meta")
+        return CPU
+
+    def class_dispatch(cls, func, types, args=(), kwargs=None):
+        return answer(args[0]) if func is device_of else dispatch(func, types, args, kwargs or {})
+
+    def dispatch_on_cuda(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if inside and kwargs.get("device") == CPU:  # a formula of C++
+            kwargs["device"] = CUDA
+        return mode_dispatch(self, func, types, args, kwargs)
+
+    def run(*args, **kwargs):
+        inside.append(True)
+        try:
+            return engine(*args, **kwargs)
+        finally:
+            inside.pop()
+
+    def first_answer(args):
+        return answer(args[0])
+
+    def cpu(x):
+        return to(x, device=CPU)
+
+    patched = mock.patch.object
+    with (
+        patched(FakeTensor, "__torch_dispatch__", classmethod(class_dispatch)),
+        patched(FakeTensorMode, "__torch_dispatch__", dispatch_on_cuda),
+        mock.patch.dict(fake_tensor._DISPATCH_META_HANDLERS, {device_of: first_answer}),
+        patched(torch.autograd.graph, "_engine_run_backward", run),
+        patched(torch.autograd, "_engine_run_backward", run),
+        patched(torch.Tensor, "cpu", cpu),
+        torch.autograd.set_multithreading_enabled(False),
+    ):
+        yield
+
+
+@contextlib.contextmanager
 def fake_cuda():
     """A GPU whose tensors hold no values: where one is read, it is 1."""
     impls = torch._subclasses.fake_impls.op_implementations_dict
@@ -69,9 +128,9 @@ def fake_cuda():
         return np.ones(x.shape, np.float32)
 
     with (
-        kernels.pretended_gpu() as mode,
+        cuda_code.pretended_gpu() as mode,
         mode,
-        kernels.eager_autograd(),
+        eager_autograd(),
         mock.patch.dict(
             impls, {scalar: lambda mode, func, x: 1.0 if x.dtype.is_floating_point else 1}
         ),
@@ -98,7 +157,7 @@ def gpu(can_fake):
 
 
 def network():
-    return kernels.fake_parameters(UNet(**SHAPE), CUDA)
+    return cuda_code.fake_parameters(UNet(**SHAPE), CUDA)
 
 
 def images(n=3):
@@ -177,11 +236,11 @@ def test_devices_of_a_batch(gpu, kind, monkeypatch):
         device=CUDA,
         seed=0,
         sigma=0.5,
-        corrupt=kind,
+        corrupt=data.CORRUPTIONS[kind][0],
         streams=False,
-        _noise=image_noise,
+        intact=False,
+        noise=image_noise,
         images=torch.zeros(9, S, S, 3, dtype=torch.uint8, device=CUDA),
-        foreign=torch.zeros(9, S, S, 3, dtype=torch.uint8, device=CUDA),
         corrupted=torch.ones(9, dtype=torch.bool, device=CUDA),
     )
     index = torch.zeros(B, dtype=torch.int64, device=CUDA)
@@ -236,12 +295,12 @@ def inductor():
     pytest.importorskip("triton")
 
     def run(make, capability=(9, 0)):
-        with kernels.pretended_gpu(capability) as mode, mode:
+        with cuda_code.pretended_gpu(capability) as mode, mode:
             return make()
 
     try:
         run(
-            lambda: kernels.inductor_code(
+            lambda: cuda_code.inductor_code(
                 lambda x: (2 * x).sin(), [torch.ones(8, device=CUDA)], [True]
             )
         )
@@ -269,7 +328,7 @@ def compile_all(codes, folder, targets=(80, 90)):
     from triton.compiler import ASTSource
 
     found = {}
-    for kernel in (k for code in codes for k in kernels.triton_kernels(code.text)):
+    for kernel in (k for code in codes for k in cuda_code.triton_kernels(code.text)):
         body = kernel.source[kernel.source.index("@triton.jit") :].replace(kernel.name, "kernel")
         # sizes differ from layer to layer, which changes no type
         found.setdefault((re.sub(r"\b\d{2,}\b", "N", body), str(kernel.signature)), kernel)
@@ -293,9 +352,9 @@ def noise_code(function=image_noise):
         torch.zeros(3, dtype=torch.int64, device=CUDA),
         torch.zeros((), dtype=torch.int64, device=CUDA),
     )
-    return kernels.inductor_code(
+    return cuda_code.inductor_code(
         lambda i: function(2**63 + 7, i, CORRUPTION_STREAM, (3, S, S)), [index]
-    ) + kernels.inductor_code(lambda i, s: function(2**63 + 7, i, s, (3, S, S)), [index, stream])
+    ) + cuda_code.inductor_code(lambda i, s: function(2**63 + 7, i, s, (3, S, S)), [index, stream])
 
 
 @needs_codegen
@@ -349,12 +408,12 @@ def test_integer_kernels_equal_eager(inductor, planted, tmp_path):
     """Those of philox in Triton's interpreter, on the CPU, bit for bit; with a digit of a constant changed they differ."""
     index, seed, blocks = [0, 1, 49_999, 2**40 + 3], 2**63 + 2**31 + 7, 48
     (code,) = inductor(
-        lambda: kernels.inductor_code(
+        lambda: cuda_code.inductor_code(
             lambda i: philox(seed, i, CORRUPTION_STREAM, blocks),
             [torch.zeros(4, dtype=torch.int64, device=CUDA)],
         )
     )
-    found = kernels.triton_kernels(code.text)
+    found = cuda_code.triton_kernels(code.text)
     assert {v for k in found for v in k.signature.values()} == {"*i64", "i32", "constexpr"}
     for kernel in found:
         body = kernel.source[kernel.source.index("@triton.jit") :]
@@ -388,35 +447,53 @@ def test_integer_kernels_equal_eager(inductor, planted, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
 
 
-def network_code(mode):
-    """Of the small network in bf16: "training" forward and backward, "frozen" (as the attack calls it), "sampling"."""
-    net = network().train(mode != "sampling")
-    args = [images(1)[0], torch.zeros(B, dtype=torch.int64, device=CUDA), *net.parameters()]
-    needs = [mode == "frozen", False] + [mode == "training"] * (len(args) - 2)
-    return kernels.code_of(net, [v.detach() for v in args], tuple(needs), torch.bfloat16)
+@pytest.fixture(scope="module")
+def counted(inductor):
+    """`bench.py --what kernels` on a small network -> its rows, the codes of all that it counts.
+
+    These are the network in training, frozen (as the attack calls it) and in sampling, in bf16, with
+    the keys of dropout, and the samplers' steps with their noise.
+    """
+    codes = []
+    code_of = kernels.code_of
+
+    def noted(*call):
+        codes.append(code_of(*call))
+        return codes[-1]
+
+    args = SimpleNamespace(
+        model="tiny", methods=["none", "adv"], amp="bf16", batch_size=B, image_size=S,
+        bandwidth=4.8, peak=989.0,
+    )  # fmt: skip
+    patched = mock.patch.object(kernels, "code_of", noted)
+    with patched, mock.patch.dict(PRESETS, tiny=SHAPE):
+        return kernels.rows(args, bench.make_step), codes
 
 
 @needs_codegen
-@pytest.mark.parametrize("mode", ["training", "frozen", "sampling"])
-def test_kernels_of_the_network(inductor, mode, tmp_path):
-    codes = inductor(lambda: network_code(mode))
-    assert len(codes) == (1 if mode == "sampling" else 2)
-    assert compile_all(codes, tmp_path) > 20
-
-
-def step_code():
-    x, eps, z = images()
-    abars = [torch.ones(B, dtype=torch.float64, device=CUDA) for _ in range(2)]
-    return [
-        code
-        for step in (samplers.ddpm_step, samplers.ddim_step)
-        for code in kernels.inductor_code(lambda *args, step=step: step(*args), [x, eps, z, *abars])
-    ]
+def test_kernels_of_a_step(counted, tmp_path):
+    _, codes = counted
+    forward_and_backward = [len(code) == 2 for code in codes]
+    assert forward_and_backward[:3] == [True, True, False]  # training, frozen, sampling
+    assert compile_all(sum(codes, []), tmp_path) > 60
 
 
 @needs_codegen
-def test_kernels_of_a_sampling_step(inductor, tmp_path):
-    assert compile_all(inductor(step_code), tmp_path) >= 2
+def test_a_step_is_counted(counted):
+    """FLOPs as in test_bench.py, the attack's without the weights; no weight is cast in the graphs; a
+    sampler's step is a few launches."""
+    (none, adv, ddpm, ddim, heun), _ = counted
+    assert adv["GFLOP"] / none["GFLOP"] == pytest.approx(8 / 3, rel=0.03)
+    assert none["copies"] == 0
+    assert none["launches"] == none["triton"] + none["library"] + none["eager"]
+    assert none["eager"] < 40
+    assert ddpm["launches"] <= 10
+    assert ddim["launches"] <= 10
+    assert heun["launches"] <= 12  # of two network calls
+    for row in (none, adv, ddpm, ddim, heun):
+        assert 0 < row["GB_triton"] < row["GB"]
+        assert row["small"] <= row["triton"]
+        assert row["ms"] >= kernels.SHORTEST * (row["triton"] + row["library"] + row["eager"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -455,11 +532,14 @@ def test_a_graph_break_is_seen(monkeypatch):
 def test_network_and_sampler_steps_are_one_graph():
     torch._dynamo.reset()
     net, x = UNet(**SHAPE).eval(), torch.randn(2, 3, S, S)
-    abar = torch.full((2,), 0.5, dtype=torch.float64), torch.full((2,), 0.6, dtype=torch.float64)
+    abars = [torch.full((2,), value, dtype=torch.float64) for value in (0.5, 0.6)]
+    sigmas = [torch.tensor(value, dtype=torch.float64) for value in (0.6, 0.5)]
     with torch.no_grad():
         torch.compile(net, backend="eager", fullgraph=True)(x, torch.zeros(2, dtype=torch.int64))
         for step in (samplers.ddpm_step, samplers.ddim_step):
-            torch.compile(step, backend="eager", fullgraph=True)(x, x, x, *abar)
+            torch.compile(step, backend="eager", fullgraph=True)(x, x, x, *abars)
+        torch.compile(samplers.heun_predict, backend="eager", fullgraph=True)(x, x, *sigmas)
+        torch.compile(samplers.heun_correct, backend="eager", fullgraph=True)(x, x, x, x, *sigmas)
 
 
 @pytest.mark.parametrize("share, graphs", [(1.0, 2), (0.5, 3)])
@@ -521,12 +601,20 @@ def test_loader_thread_only_reads(monkeypatch, tmp_path):
         def __getitem__(self, index):
             return noted("read", np.ndarray.__getitem__)(self.view(np.ndarray), index)
 
-    monkeypatch.setattr(train, "CorruptedImages", streaming)
-    monkeypatch.setattr(
-        train, "probe", lambda *args: ({}, {})
-    )  # which reads before the loop begins
-    monkeypatch.setattr(train, "diagnose", lambda *args: {})
-    flags = "--model mini --image-size 8 --data synthetic:16 --batch-size 2 --p 0.5 --sigma 0.2 --iters 2 --sample-every 0"
-    monkeypatch.setattr(train, "generate", lambda *args, **kw: torch.zeros(64, 3, S, S))
+    def probe(*args):  # which reads before the loop begins
+        return {}, {}
+
+    def diagnose(*args):
+        return {}
+
+    def generate(*args, **kwargs):
+        return torch.zeros(64, 3, S, S)
+
+    monkeypatch.setattr(training, "CorruptedImages", streaming)
+    monkeypatch.setattr(metrics, "probe", probe)
+    monkeypatch.setattr(metrics, "diagnose", diagnose)
+    monkeypatch.setattr(training, "generate", generate)
+    flags = """--model mini --image-size 8 --data synthetic:16 --batch-size 2 --p 0.5 --sigma 0.2
+        --iters 2 --sample-every 0"""
     assert call(train, *flags.split(), "--device", "cpu", "--out", tmp_path) == 0
     assert in_main == {"read": {False}, "noise": {True}}

@@ -333,6 +333,41 @@ def test_compiled_step_is_one_graph_for_all_steps(sampler, options, monkeypatch)
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("options", [{}, dict(clip=False), dict(S_churn=5.0)])
+def test_compiled_heun_step_is_two_graphs_for_all_steps(options, monkeypatch):
+    """One before and one after the second network call, whatever the step; the values are eager's."""
+    graphs = []
+    compile_ = torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def compiles(function, **kwargs):
+        return compile_(function, **kwargs, backend=backend, fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", compiles)
+    torch.compiler.reset()
+    index = torch.arange(4)
+    x_T = image_noise(3, index, 0, (3, 4, 4))
+    for steps in (3, 7):
+        samples = [
+            heun_sample(
+                toy_eps,
+                SCHEDULE,
+                x_T,
+                steps,
+                noise=lambda i: image_noise(3, index, i + 1, x_T.shape[1:]),
+                compiled=compiled,
+                **options,
+            )
+            for compiled in (False, True)
+        ]
+        assert samples[0].std() > 0.05
+        assert torch.equal(*samples)
+    assert len(graphs) == 2
+
+
 # details of the loop -------------------------------------------------------------------------------------------------
 
 
