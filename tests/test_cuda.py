@@ -493,7 +493,8 @@ def test_a_step_is_counted(counted):
     for row in (none, adv, ddpm, ddim, heun):
         assert 0 < row["GB_triton"] < row["GB"]
         assert row["small"] <= row["triton"]
-        assert row["ms"] >= kernels.SHORTEST * (row["triton"] + row["library"] + row["eager"])
+        count = row["triton"] + row["library"] + row["eager"]
+        assert row["ms"] > 0.999 * kernels.SHORTEST * count
 
 
 # ---------------------------------------------------------------------------------------------------------------------
