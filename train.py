@@ -102,7 +102,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     share = between(0, 1)
     part = between(0, 1, above=True)
-    decay = between(0, 1, below=True)
+    below_1 = between(0, 1, below=True)
     positive = between(0, above=True)
     number = between(0)
     count = between(1, kind=int)
@@ -140,7 +140,7 @@ def parse_args(argv=None):
     # the network and its training
     add("--model", choices=PRESETS, default="ddpm", help="ddpm: 35.7 M; mini, tiny: for a CPU")
     add("--init", metavar="PATH", help="start from a checkpoint's EMA weights or diffusers folder")
-    add("--dropout", type=share, help="default ddpm 0.1, tiny, mini 0")
+    add("--dropout", type=below_1, help="default ddpm 0.1, tiny, mini 0")
     add("--iters", type=count, help="default ddpm 800000, ddpm64 500000, tiny, mini 1200")
     add("--batch-size", type=count, help="over all processes; default ddpm 128, tiny, mini 64")
     add("--accum", type=count, default=1, help="gradient accumulation steps within a batch")
@@ -148,7 +148,7 @@ def parse_args(argv=None):
     add("--warmup", type=steps, help="linear; default 5000, at most a tenth of --iters")
     add("--optimizer", choices=["adam", "adamw"], default="adam")
     add("--clip-grad", type=number, default=1.0, help="0: no clipping")
-    add("--ema", type=decay, default=0.9999, help="ramped up as (1 + step) / (10 + step) (ours)")
+    add("--ema", type=below_1, default=0.9999, help="ramped up as (1 + step) / (10 + step) (ours)")
     add("--seed", type=between(0, 2**63 - 1, kind=int), default=0)
     # the run
     add("--out", default="out")
