@@ -145,10 +145,7 @@ def parse():
 
 def load(args, device, rank):
     """-> {folder of a checkpoint: (model, size, training settings)}, and the network of --fid."""
-    names = [sample.folder_name(path) for path in args.ckpt]
-    if len(set(names)) < len(names):
-        twice = max(names, key=names.count)
-        raise ValueError(f"--ckpt: two checkpoints lie in a folder {twice}; rename one's")
+    names = sample.folder_names(args.ckpt)
     models = {name: sample.load_model(path, args, device) for name, path in zip(names, args.ckpt)}
     if not args.fid:
         return models, None

@@ -17,7 +17,6 @@ import functools
 import importlib.util
 import itertools
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import outputs
 import runtime
 import train
 from data import Batches, CorruptedImages, load_images
@@ -226,8 +226,7 @@ def main():
     train.fill(args, compile=device.type == "cuda")
     args.backend = "inductor" if args.compile else None
     torch.set_num_threads(args.threads)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = outputs.claim(args.out)
     images, labels = load_images(f"synthetic:{max(256, args.batch_size)}", args.image_size)
     data = CorruptedImages(images, labels, 0.9, 0.2, 0, device)
     batch = draws(data, args.batch_size, device, PRESETS[args.model]["dropout"])(0)

@@ -36,7 +36,7 @@ import runtime
 from data import load_images, seed_at
 from losses import NoiseSchedule, ddpm_loss, robust_loss
 from outputs import METHOD_STYLE
-from runtime import between, setup
+from runtime import between, refuse_repeats, setup
 from sample import generate
 from unet import UNet
 
@@ -190,6 +190,7 @@ def parse_args():
     args.sample_steps = args.sample_steps or STEPS[args.sampler]
     if args.sample_steps > 1000:
         raise ValueError(f"--sample-steps {args.sample_steps}: must lie in 1..1000")
+    refuse_repeats(args, "methods", "conditions")
     if not cells(args):
         raise ValueError("--methods: of several, invariance runs on --conditions noisy alone")
     factor = args.patch * 2 ** (len(args.channels) - 1)

@@ -169,6 +169,7 @@ def parse():
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
     add("--out", default="purify")
     args = parser.parse_args()
+    runtime.refuse_repeats(args, "purifier", "knowledge", "norm")
     for name in args.knowledge:
         draws = name.removeprefix("semi-") if name.startswith("semi-") else ""
         if name not in ("white", "fwd", "both") and not (draws.isdecimal() and int(draws)):
@@ -210,10 +211,7 @@ def load_network(path, args, device):
 def load(args, device, world):
     """-> models {folder: (network, size, settings)}, the classifier, images {size: (x, y)}."""
     classifier = load_classifier(args.classifier, device, args.compile)
-    names = [sample.folder_name(path) for path in args.ckpt]
-    if len(set(names)) < len(names):
-        twice = max(names, key=names.count)
-        raise ValueError(f"--ckpt: two checkpoints lie in a folder {twice}; rename one's")
+    names = sample.folder_names(args.ckpt)
     models = {name: load_network(path, args, device) for name, path in zip(names, args.ckpt)}
     first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if world > 1 and not first_here:

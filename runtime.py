@@ -201,6 +201,15 @@ def flag(name):
     return "--" + name.lower().replace("_", "-")
 
 
+def refuse_repeats(args, *names):
+    """A value given twice would be one row of a table, or two of one name."""
+    for name in names:
+        values = getattr(args, name)
+        twice = max(values, key=values.count)
+        if values.count(twice) > 1:
+            raise ValueError(f"{flag(name)}: {twice} is given twice")
+
+
 def given_flags(parser, argv=None):
     """The names of the flags that the user typed."""
     for action in parser._actions:

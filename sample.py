@@ -29,7 +29,7 @@ from classifier import load_features
 from data import image_noise, load_images, to_float
 from losses import NoiseSchedule
 from runtime import autocast, flag, layout, load_checkpoint, precision, setup
-from samplers import SAMPLERS, ddim_sample, ddpm_sample, heun_sample  # noqa: F401
+from samplers import SAMPLERS, ddim_sample, ddpm_sample, heun_sample, own_flags  # noqa: F401
 from unet import UNet
 
 # --------------------------------------------------------------------------------------------------
@@ -61,18 +61,6 @@ def add_arguments(parser):
     add(
         "--inception-weights", metavar="PATH", help="a copy of pt_inception-2015-12-05-6726825d.pth"
     )
-
-
-def own_flags():
-    """{flag: (default, its sampler)} of all samplers, but for steps and spacing, which may be
-    lists.
-    """
-    found = {}
-    for sampler, (_, flags, _) in SAMPLERS.items():
-        for name, default in flags.items():
-            if name not in ("steps", "spacing"):
-                found[name] = default, sampler
-    return found
 
 
 def sampler_options(args, steps, spacing):
@@ -146,6 +134,14 @@ def folder_name(path):
     """The name of a checkpoint's folder, by which a run is called."""
     path = Path(path).resolve()
     return path.name if path.is_dir() else path.parent.name
+
+
+def folder_names(paths):
+    names = [folder_name(path) for path in paths]
+    twice = max(names, key=names.count)
+    if names.count(twice) > 1:
+        raise ValueError(f"--ckpt: two checkpoints lie in a folder {twice}; rename one's")
+    return names
 
 
 def is_compiled(model):

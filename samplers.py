@@ -257,3 +257,15 @@ SAMPLERS = {  # --sampler: (function, its own flags with their defaults, what it
         "EDM, Karras et al., 2022; S_churn: noise added along the way",
     ),
 }
+
+
+def own_flags():
+    """{flag: (default, its sampler)} of all samplers, but for steps and spacing, which may be
+    lists.
+    """
+    found = {}
+    for sampler, (_, flags, _) in SAMPLERS.items():
+        for name, default in flags.items():
+            if name not in ("steps", "spacing"):
+                found[name] = default, sampler
+    return found

@@ -110,3 +110,12 @@ def test_colours_of_checkpoints():
     )
     for methods in (dict(x="adv", y="adv"), dict(x="adv", y=None)):
         assert outputs.styles(methods) == dict(x=("#000000", "x"), y=("#D55E00", "y"))
+
+
+def test_a_value_given_twice_is_refused():
+    import argparse
+
+    args = argparse.Namespace(knowledge=["white", "both", "white"], norm=["l2"])
+    runtime.refuse_repeats(args, "norm")
+    with pytest.raises(ValueError, match="--knowledge: white is given twice"):
+        runtime.refuse_repeats(args, "norm", "knowledge")
