@@ -28,13 +28,16 @@ def claim(out, overwrite=False):
     """
     out = Path(out)
     me = os.path.basename(sys.argv[0])
-    out.mkdir(parents=True, exist_ok=True)
     if out.resolve() in LOCKS:
         return out
     owner = owner_of(out)
     if owner not in (None, me) and not overwrite:
         raise ValueError(f"--out {out}: holds the output of {owner}; choose another --out")
-    file = open(out / ".owner", "a+")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".owner", "a+")
+    except OSError as e:
+        raise ValueError(f"--out {out}: cannot be written to ({e.strerror})") from None
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -54,9 +57,8 @@ def owner_of(out):
     """The script that wrote the folder, or None."""
     with contextlib.suppress(OSError, IndexError):
         return (out / ".owner").read_text().split()[0]
-    with contextlib.suppress(
-        OSError, ValueError, KeyError, IndexError
-    ):  # from before there were owners
+    # from before there were owners
+    with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
         return json.loads((out / "metrics.json").read_text())["command"].split()[1]
     return None
 

@@ -11,9 +11,11 @@ import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 import toy3d
+import toy3d_data
+import toy3d_sweep
 from losses import NoiseSchedule, ddpm_loss, robust_loss
 
-SETS = list(toy3d.CENTRES)
+SETS = list(toy3d_data.CENTRES)
 SCHEDULE = NoiseSchedule()
 
 
@@ -26,8 +28,8 @@ def seeded(seed=0):
 def test_true_score_is_the_gradient_of_the_log_density(name, t):
     """Against autograd through torch.distributions' mixture, built from the definition of the set."""
     abar = SCHEDULE.alphas_bar[t].item()
-    mean, scale = toy3d.standard(name)
-    centres, cov = (toy3d.CENTRES[name] - mean) / scale, toy3d.COVARIANCE[name] / scale**2
+    mean, scale = toy3d_data.standard(name)
+    centres, cov = (toy3d_data.CENTRES[name] - mean) / scale, toy3d_data.COVARIANCE[name] / scale**2
     p_t = MixtureSameFamily(
         Categorical(torch.ones(len(centres), dtype=torch.float64)),
         MultivariateNormal(
@@ -36,86 +38,100 @@ def test_true_score_is_the_gradient_of_the_log_density(name, t):
     )
     x = torch.cat([p_t.sample((50,)), torch.randn(50, 3, dtype=torch.float64)]).requires_grad_()
     (grad,) = torch.autograd.grad(p_t.log_prob(x).sum(), x)
-    assert (toy3d.true_score(name, x.detach(), abar) - grad).abs().max() < 1e-8 * max(
+    assert (toy3d_data.true_score(name, x.detach(), abar) - grad).abs().max() < 1e-8 * max(
         1, grad.abs().max()
     )
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_clean_points_have_the_stated_moments(name):
-    x = toy3d.clean_points(name, 60_000, seeded())
-    mean, scale = toy3d.standard(name)
+    x = toy3d_data.clean_points(name, 60_000, seeded())
+    mean, scale = toy3d_data.standard(name)
     assert (x.mean(0) - mean).abs().max() < 0.07
     assert abs((x - mean).square().mean().sqrt().item() / scale - 1) < 0.01
-    mode = torch.cdist(x, toy3d.CENTRES[name]).argmin(1)
-    assert torch.bincount(mode).tolist() == [60_000 // len(toy3d.CENTRES[name])] * len(
-        toy3d.CENTRES[name]
+    mode = torch.cdist(x, toy3d_data.CENTRES[name]).argmin(1)
+    assert torch.bincount(mode).tolist() == [60_000 // len(toy3d_data.CENTRES[name])] * len(
+        toy3d_data.CENTRES[name]
     )
-    residual = x - toy3d.CENTRES[name][mode]
+    residual = x - toy3d_data.CENTRES[name][mode]
     assert (
-        residual.T @ residual / len(x) - toy3d.COVARIANCE[name]
-    ).abs().max() < 0.01 * toy3d.COVARIANCE[name].max()
-    assert [round(toy3d.standard(n)[1], 3) for n in SETS] == [3.269, 7.205]  # the docstring's
+        residual.T @ residual / len(x) - toy3d_data.COVARIANCE[name]
+    ).abs().max() < 0.01 * toy3d_data.COVARIANCE[name].max()
+    assert [round(toy3d_data.standard(n)[1], 3) for n in SETS] == [3.269, 7.205]  # the docstring's
 
 
 def test_noise_is_the_stated_share_and_kind():
     n, share = 30_000, 0.3
     for name in SETS:
-        mean, scale = toy3d.standard(name)
-        clean = toy3d.training_points(name, "clean", n, share, seeded())
-        outliers = toy3d.training_points(name, "outliers", n, share, seeded())
-        inliers = toy3d.training_points(name, "inliers", n, share, seeded())
+        mean, scale = toy3d_data.standard(name)
+        clean = toy3d_data.training_points(name, "clean", n, share, seeded())
+        outliers = toy3d_data.training_points(name, "outliers", n, share, seeded())
+        inliers = toy3d_data.training_points(name, "inliers", n, share, seeded())
         k = round(share * n)
         for noisy in (outliers, inliers):
             assert torch.equal(noisy[k:], clean[k:]) and not (noisy[:k] == clean[:k]).all(1).any()
-        u = (outliers[:k] - mean) / (toy3d.BOX * scale)  # uniform on [-1, 1]^3
+        u = (outliers[:k] - mean) / (toy3d_data.BOX * scale)  # uniform on [-1, 1]^3
         assert (
             u.abs().max() <= 1
             and u.mean(0).abs().max() < 0.01
             and (u.var(0) - 1 / 3).abs().max() < 0.01
         )
-        d = toy3d.distance(name, inliers[:k])
+        d = toy3d_data.distance(name, inliers[:k])
         dims = 1 if name == "oblique-plane" else 3
-        assert abs(d.square().mean().sqrt() / (toy3d.INLIER_SIGMA * dims**0.5) - 1) < 0.03
+        assert abs(d.square().mean().sqrt() / (toy3d_data.INLIER_SIGMA * dims**0.5) - 1) < 0.03
         for none in (0.0, 1.0):
-            assert toy3d.training_points(name, "outliers", 100, none, seeded()).isfinite().all()
+            assert (
+                toy3d_data.training_points(name, "outliers", 100, none, seeded()).isfinite().all()
+            )
 
 
 def test_distance_and_shares_in_closed_form():
     plane = torch.tensor([[10.0, 10, 10], [0, 0, 30], [11, 11, 11], [0, 0, 0]]).double()
     assert torch.allclose(
-        toy3d.distance("oblique-plane", plane), torch.tensor([0, 0, 3**0.5, 10 * 3**0.5]).double()
+        toy3d_data.distance("oblique-plane", plane),
+        torch.tensor([0, 0, 3**0.5, 10 * 3**0.5]).double(),
     )
     modes = torch.tensor([[10.0, 10, 10], [20, 20, 24], [10, 27, 26]]).double()
-    assert torch.allclose(toy3d.distance("3-gaussians", modes), torch.tensor([0.0, 4, 5]).double())
-    numbers = toy3d.measure(
-        "3-gaussians", toy3d.CENTRES["3-gaussians"][[0, 0, 1, 2]].repeat(250, 1), 0
+    assert torch.allclose(
+        toy3d_data.distance("3-gaussians", modes), torch.tensor([0.0, 4, 5]).double()
+    )
+    numbers = toy3d_data.measure(
+        "3-gaussians", toy3d_data.CENTRES["3-gaussians"][[0, 0, 1, 2]].repeat(250, 1), 0
     )
     assert (
         numbers["mode_weights"] == [0.5, 0.25, 0.25]
         and numbers["off_support"] == numbers["spread"] == 0
     )
-    clean = toy3d.measure(
-        "oblique-plane", toy3d.clean_points("oblique-plane", 20_000, seeded(1)), 0
+    clean = toy3d_data.measure(
+        "oblique-plane", toy3d_data.clean_points("oblique-plane", 20_000, seeded(1)), 0
     )
     # across the plane |N(0, SIGMA)|: mean SIGMA sqrt(2 / pi), 95 % at 1.96 SIGMA, 6e-5 beyond 4 SIGMA
     assert clean["off_support"] < 5e-4 and clean["spread"] == pytest.approx(1, abs=0.02)
-    assert clean["distance_mean"] == pytest.approx(toy3d.SIGMA * (2 / math.pi) ** 0.5, rel=0.03)
-    assert clean["distance_95"] == pytest.approx(1.96 * toy3d.SIGMA, rel=0.03)
-    far = toy3d.measure(
+    assert clean["distance_mean"] == pytest.approx(
+        toy3d_data.SIGMA * (2 / math.pi) ** 0.5, rel=0.03
+    )
+    assert clean["distance_95"] == pytest.approx(1.96 * toy3d_data.SIGMA, rel=0.03)
+    far = toy3d_data.measure(
         "3-gaussians", torch.full((10, 3), 1e4).double(), 0
     )  # a method that kept no point at all
     assert far["off_support"] == 1 and far["mode_weights"] == [0, 0, 0]
 
 
 def test_sliced_w2_of_a_shift_and_of_a_scaling():
-    x, c = toy3d.clean_points("3-gaussians", 500, seeded()), torch.tensor([1.0, -2, 2]).double()
-    assert toy3d.sliced_w2(x, x) == 0
-    assert toy3d.sliced_w2(x, x[torch.randperm(500)] + c) == pytest.approx(3 / 3**0.5, abs=1e-12)
+    x, c = (
+        toy3d_data.clean_points("3-gaussians", 500, seeded()),
+        torch.tensor([1.0, -2, 2]).double(),
+    )
+    assert toy3d_data.sliced_w2(x, x) == 0
+    assert toy3d_data.sliced_w2(x, x[torch.randperm(500)] + c) == pytest.approx(
+        3 / 3**0.5, abs=1e-12
+    )
     z = (
         x - x.mean(0)
     )  # along each direction the optimal map of z to 2 z moves by z: the root mean square of z over all
-    assert toy3d.sliced_w2(z, 2 * z) == pytest.approx(z.square().mean().sqrt().item(), abs=1e-12)
+    assert toy3d_data.sliced_w2(z, 2 * z) == pytest.approx(
+        z.square().mean().sqrt().item(), abs=1e-12
+    )
 
 
 def test_networks_side_by_side_do_not_mix():
@@ -137,21 +153,21 @@ def test_networks_side_by_side_do_not_mix():
 
 def test_ideal_network_has_no_error_and_samples_the_set():
     names = SETS
-    ideal = toy3d.true_eps(names, SCHEDULE)
-    error, lip_eps, gain_x0 = toy3d.by_t(ideal, names, SCHEDULE, n=50)
+    ideal = toy3d_data.true_eps(names, SCHEDULE)
+    error, lip_eps, gain_x0 = toy3d_sweep.by_t(ideal, names, SCHEDULE, n=50)
     assert error.max() < 1e-3  # float32
     # the plane alone is Gaussian: eps is linear, steepest across the plane, s^2 / (abar SIGMA^2 / scale^2 + s^2)
     abar, v = (
-        SCHEDULE.alphas_bar[toy3d.TS].double(),
-        (toy3d.SIGMA / toy3d.standard("oblique-plane")[1]) ** 2,
+        SCHEDULE.alphas_bar[toy3d_sweep.TS].double(),
+        (toy3d_data.SIGMA / toy3d_data.standard("oblique-plane")[1]) ** 2,
     )
     assert torch.allclose(lip_eps[:, 0], (1 - abar) / (abar * v + 1 - abar), rtol=1e-3)
-    assert gain_x0.shape == (len(toy3d.TS), 2)
+    assert gain_x0.shape == (len(toy3d_sweep.TS), 2)
 
     args = argparse.Namespace(seed=0, n=600, sample_steps=200, device="cpu")
     x, diverged, _ = toy3d.sample(ideal, [(name, "clean", 0) for name in names], args, SCHEDULE)
     for name, x_j in zip(names, x):
-        numbers = toy3d.measure(name, x_j, 0)
+        numbers = toy3d_data.measure(name, x_j, 0)
         assert (
             numbers["off_support"] < 0.04 and 0.9 < numbers["spread"] < 1.3
         )  # Eq. 5 in 200 steps: the modes widen
@@ -212,7 +228,7 @@ def test_a_small_run_leaves_every_file(tmp_path, monkeypatch):
         sys, "argv", [*SMALL, "--seeds", "2", "--methods", "none,adv", "--out", str(tmp_path)]
     )
     toy3d.main()
-    for name in ("fig2a", "fig2b", "fig2c", "fig5", "by_t"):
+    for name in ("fig2a", "fig2b", "fig2c", "fig5"):
         for kind in ("png", "pdf"):
             assert (tmp_path / f"{name}.{kind}").stat().st_size > 5000
     with np.load(tmp_path / "samples.npz") as f:
@@ -227,11 +243,22 @@ def test_a_small_run_leaves_every_file(tmp_path, monkeypatch):
         "sliced_w2",
         "mode_weights",
         "diverged",
-        "score_error_by_t",
-        "lip_eps_by_t",
     } <= set(numbers)
     assert len(numbers["off_support"]) == 2 and len(numbers["mode_weights"]["std"]) == 3
-    assert len(numbers["score_error_by_t"]["mean"]) == len(record["ts"])
+
+
+def test_the_networks_at_each_t(tmp_path, monkeypatch):
+    flags = ["--by-t", "--seeds", "2", "--methods", "inv-adv", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*SMALL, *flags])
+    toy3d_sweep.main()
+    assert (tmp_path / "by_t.png").stat().st_size > 5000
+    record = json.loads((tmp_path / "metrics.json").read_text())
+    assert len(record["results"]) == 2 * 2  # two sets, the truth and one method
+    for name in SETS:
+        truth = record["results"][f"{name}/outliers/truth"]["score_error_by_t"]
+        numbers = record["results"][f"{name}/outliers/inv-adv"]["score_error_by_t"]
+        assert len(truth["mean"]) == len(numbers["mean"]) == len(record["ts"])
+        assert max(truth["mean"]) < 1e-3 < min(numbers["mean"])
 
 
 def test_seeds_repeat_and_differ():
@@ -297,12 +324,10 @@ def test_regulariser_in_the_last_steps_on_a_share(monkeypatch):
 
 def test_a_small_sweep(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        toy3d, "KNOBS", {"lam": ("lambda", [0.1, 0.3]), "share": ("share", [0, 0.2])}
+        toy3d_sweep, "KNOBS", {"lam": ("lambda", [0.1, 0.3]), "share": ("share", [0, 0.2])}
     )
-    monkeypatch.setattr(
-        sys, "argv", [*SMALL, "--sweep", "--sets", "3-gaussians", "--out", str(tmp_path)]
-    )
-    toy3d.main()
+    monkeypatch.setattr(sys, "argv", [*SMALL, "--sets", "3-gaussians", "--out", str(tmp_path)])
+    toy3d_sweep.main()
     assert (tmp_path / "sweep.png").exists() and (tmp_path / "sweep.pdf").exists()
     results = json.loads((tmp_path / "metrics.json").read_text())["results"]
     assert (
