@@ -56,7 +56,7 @@ SIZES = {  # n images behind each number, made in `ddpm` or `ddim` steps
 }
 MEMORISED = 50_000  # samples of which the nearest training image is searched, in full
 FIRST = "--model mini --data synthetic --image-size 16 --p 0.9 --sigma 0.2 --sample-every 0".split()
-FIRST_STEPS = ["--iters", "800"]
+FIRST_STEPS = ["--iters", "650"]
 FIRST_ADV = ["--reg-last", "0.2"]
 FIRST_SAMPLES = "--n 64 --sampler ddpm --steps 100 --no-png".split()
 
