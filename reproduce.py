@@ -212,10 +212,10 @@ def first(args):
     methods = {"DDPM": DDPM, "Robust_adv": [*LATE, *FIRST_ADV]}
     todo = []
     for name, method in methods.items():
-        out = Path(args.out) / name
+        out = Path(args.out) / "networks" / name
         argv = ["train.py", *method, *FIRST, *FIRST_STEPS, "--seed", str(args.seed), *device]
         todo.append((out / "metrics.json", [*argv, "--out", str(out)]))
-    ckpts = [str(Path(args.out) / name) for name in methods]
+    ckpts = [str(Path(args.out) / "networks" / name) for name in methods]
     argv = ["compare.py", "--ckpt", *ckpts, *FIRST_SAMPLES, *device, "--out", args.out]
     return [*todo, (Path(args.out) / "side_by_side.png", argv)]
 

@@ -327,7 +327,7 @@ def sample_and_score(runs, args):
     if rank == 0:
         outputs.claim(args.out)
         for out in runs:
-            images = Path(out) / "images"
+            images = outputs.claim(out) / "images"
             if args.png and (images / "000000.png").exists() and not (images / ".count").exists():
                 raise ValueError(f"--out {out}: {images} holds pictures of another origin")
     scorer = prepare_scorer(models, args) if rank == 0 else None

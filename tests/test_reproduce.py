@@ -182,3 +182,14 @@ def test_bad_input(monkeypatch, flags, message):
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *flags.split(), "--dry-run"])
     with pytest.raises(ValueError, match=message):
         reproduce.main()
+
+
+def test_first_writes_each_folder_once(tmp_path):
+    """The samples do not fall on the networks they are of."""
+    todo = reproduce.first(arguments(tmp_path, "first"))
+    trained = [done.parent for done, argv in todo if argv[0] == "train.py"]
+    (argv,) = [argv for _, argv in todo if argv[0] == "compare.py"]
+    out = Path(argv[argv.index("--out") + 1])
+    assert len(trained) == 2
+    assert not {out / folder.name for folder in trained} & {out, *trained}
+    assert all(str(folder) in argv for folder in trained)
