@@ -17,7 +17,7 @@ import torch
 import torchvision
 
 from images import NAMES, load_images  # noqa: F401, part of this file's interface
-from rng import image_noise, image_uniform, seed_at
+from rng import image_noise, image_uniform, scramble, seed_at
 from synthetic import synthetic_butterflies
 
 CORRUPTION_STREAM = 2**32 - 1  # the samplers use streams 0, 1, 2, ...
@@ -242,7 +242,8 @@ class Batches:
             batch["x0"] = self.data.batch(index, flip[rows] if args.flip else None, pixels)
             if args.dropout > 0:  # one mask per row and step, whatever the division
                 keys = torch.arange(rows.start, B, rows.step, device=self.device)
-                batch["keys"] = keys + seed_at(args.seed, step, stream=4)
+                seed = torch.tensor(seed_at(args.seed, step, stream=4)).to(torch.int32)
+                batch["keys"] = keys + int(scramble(seed))  # else those of the next step overlap
             index = index.to(self.device, non_blocking=True)
             if args.classifier:
                 batch["y"] = self.data.labels[index]

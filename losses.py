@@ -223,7 +223,7 @@ def huber_loss(model, schedule, x0, t, eps, c=0.1):
 
 
 def regulariser_weight(schedule, t, beta=1.0, lam=0.3, omega=2.0, gamma=8 / 255, ray_units="pixel"):
-    """lambda_t -> (B,) float64: lam over the standard deviation of delta_ran.
+    """lambda_t -> (B,) float64: lam over the standard deviation of delta_ran, in pixels or in eps.
 
     The paper prints lam sqrt(3) / (beta r(t)) and leaves the units of the ray open:
       "pixel"  lam sqrt(3) / (sqrt(1 - abar_t) r_beta(t))  (ours, by evidence: see NOTES.md)
@@ -334,12 +334,12 @@ def addt_loss(
 
     x0 (B, C, H, W) in [-1, 1]; y (B,) labels; classifier: images in [0, 1] -> logits. With P(x, t)
     = x^_0 (P2 Eq. 4),
-      noise = sqrt(1 - lambda_t^2) eps + lambda_t RBGM(delta),  x'_t = sqrt(abar) x_0 + sqrt(1 -
-          abar) noise     (P2 Eq. 6)
-      CGPO: `passes` times at the same t, eps fresh: delta += grad_RBGM(delta) L(classifier(P(x'_t,
-          t)), y)      (P2 Eq. 9)
-      loss  |sqrt(abar) / sqrt(1 - abar) (x_0 - P(x'_t, t))|^2 = |eps_theta(x'_t, t) - noise|^2, a
-          mean over elements (Eq. 8).
+      noise = sqrt(1 - lambda_t^2) eps + lambda_t RBGM(delta)
+      x'_t  = sqrt(abar) x_0 + sqrt(1 - abar) noise                               (P2 Eq. 6)
+      CGPO: `passes` times at the same t, eps fresh,
+            delta += grad_RBGM(delta) L(classifier(P(x'_t, t)), y)                (P2 Eq. 9)
+      loss  = |sqrt(abar) / sqrt(1 - abar) (x_0 - P(x'_t, t))|^2
+            = |eps_theta(x'_t, t) - noise|^2, a mean over elements                (P2 Eq. 8)
     guide: L is the cross-entropy, "mse" |x_0 - P|^2, "none": no CGPO, i.e. plain fine-tuning. y and
     classifier may be None for these two. perturb="linf" (P2 App. I): lambda_t = clip(gamma_t, 0,
     10) and PGD in the place of RBGM. Ours: there noise = eps + lambda_t delta (a lambda_t above 1

@@ -1,5 +1,4 @@
-"""What the samples are worth: FID, Inception Score, PSNR, the noise left in an image; and the
-record of a run.
+"""What the samples are worth: FID, Inception Score, PSNR, diversity, the noise left in an image.
 
 Fréchet distances are computed from means and covariances in float64 with eigenvalues alone, so that
 they survive near-singular covariances and any SciPy version; FID(X, X) is 0 up to rounding.
@@ -143,7 +142,7 @@ def image_statistics(x):
     }
     return dict(
         noise_level=noise_level(x).mean().item(),
-        brightness_std=x.flatten(1).mean(1).std().item(),
+        brightness_std=x.flatten(1).mean(1).std().item() if len(x) > 1 else 0.0,
         **power,
     )
 
@@ -373,7 +372,3 @@ def file_key(path):
     """sha256 of a file's content, for cache keys and records."""
     with open(path, "rb") as f:
         return hashlib.sha256(f.read()).hexdigest()[:16]
-
-
-# --------------------------------------------------------------------------------------------------
-# the record of a run

@@ -41,11 +41,13 @@ def claim(out, overwrite=False):
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:  # other errors: a file system without locks
         file.seek(0)
         holder = file.read().strip()
         file.close()
         raise ValueError(f"--out {out}: {holder} is writing there; choose another --out") from None
+    except OSError:
+        pass
     file.truncate(0)
     file.write(f"{me} (process {os.getpid()})\n")
     file.flush()
@@ -78,14 +80,17 @@ class Unread:
     def write(self, text):
         try:
             return self.stream.write(text)
-        except (OSError, ValueError):  # a broken pipe, a closed file
+        except UnicodeEncodeError:
+            coding = self.stream.encoding
+            return self.stream.write(text.encode(coding, "replace").decode(coding))
+        except (BrokenPipeError, ValueError):  # ValueError: a closed file
             self.drop()
             return len(text)
 
     def flush(self):
         try:
             self.stream.flush()
-        except (OSError, ValueError):
+        except (BrokenPipeError, ValueError):
             self.drop()
 
     def drop(self):
@@ -131,7 +136,7 @@ def cell(value):
 
 
 # --------------------------------------------------------------------------------------------------
-# figures: one colour (Okabe and Ito's) and one label for each method, everywhere
+# figures: the colour (Okabe and Ito's) and the label of a method, everywhere
 
 COLOURS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 METHOD_STYLE = {

@@ -20,6 +20,7 @@ from pathlib import Path
 import outputs
 import runtime
 from runner import add_arguments, check, finished, run_all
+from runtime import flag
 
 SIZES = {  # n images behind each number, made in `ddpm` or `ddim` steps
     "toy": dict(
@@ -284,7 +285,23 @@ def table(args):
             verdict = "not run"
         cells = [name, *map(number, paper), *ours, *noise, verdict]
         lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, "", footnote(args, records)]
+    return [*lines, *other_sets(args), "", footnote(args, records)]
+
+
+def other_sets(args):
+    """-> rows of the table: P1's CelebA and LSUN, of `full` alone."""
+    lines = []
+    for data, paper in OTHER_SETS.items() if args.size == "full" else ():
+        for method, fid in zip(("none", "adv", "late"), (*paper, None)):
+            name = f"{method}-{data}"
+            path = Path(args.work) / name / "ddpm/metrics.json"
+            record = json.loads(path.read_text()) if finished(path) else None
+            ours = (
+                [f"{record['FID']:.4g}", f"{record['noise_level']:.3f}"] if record else ["-", "-"]
+            )
+            cells = [name, number((fid,)) or "-", "-", ours[0], "-", ours[1], "-", "-"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def footnote(args, records):
@@ -310,6 +327,9 @@ def parse_args():
     add("--out", help="default WORK/results")
     args = parser.parse_args()
     if args.size == "first":
+        for name in ("data", "test", "work", "skip", "inception_weights", "memorization_features"):
+            if getattr(args, name) != parser.get_default(name):
+                raise ValueError(f"{flag(name)}: has no effect with first")
         args.out = args.out or "first"
         return args
     check(args)

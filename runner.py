@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from outputs import Failed
 from runtime import between
 
 HERE = Path(__file__).resolve().parent
@@ -61,6 +62,8 @@ def finished(done, argv=None):
             raise ValueError(
                 f"{done}: is of `{found}`, not of these settings; choose another --work and --out"
             )
+    if record.get("interrupted"):
+        return False
     return "step" not in record or record["step"] >= record["args"]["iters"]
 
 
@@ -78,7 +81,7 @@ def run(done, argv, deadline, first=True):
         process.terminate()
         process.wait()
         if first and argv[0] != "train.py":
-            raise ValueError(
+            raise Failed(
                 f"{argv[0]}: does not fit into --minutes and cannot be continued in pieces; give more"
             ) from None
         return False
@@ -87,15 +90,16 @@ def run(done, argv, deadline, first=True):
         process.wait()
         raise
     if code or not finished(done):
-        raise ValueError(
-            f"`{shlex.join(argv)}` ended with exit code {code} and without {done}; the same line "
-            "again continues"
+        raise Failed(
+            f"`{shlex.join(argv)}` ended with exit code {code}, its result {done} is "
+            f"{'not whole' if done.exists() else 'missing'}; the same line again continues"
         )
     return True
 
 
 def run_all(todo, args):
-    """Runs what is not done, for --minutes if given -> whether all is done; --dry-run prints it."""
+    """Runs what is not done -> whether all is done; --dry-run prints it. Raises Failed, exit code 1,
+    when --minutes are over before that, so that `reproduce.py .. && next` does not go on."""
     if args.dry_run:
         for done, argv in todo:
             print(f"{'done ' if finished(done, argv) else '     '} python {shlex.join(argv)}")
@@ -109,8 +113,7 @@ def run_all(todo, args):
             continue
         print(f"[{i + 1}/{len(todo)}] python {shlex.join(argv)}", flush=True)
         if deadline and time.time() >= deadline or not run(done, argv, deadline, first):
-            print(f"{args.minutes:g} minutes are over; the same line again continues")
-            return False
+            raise Failed(f"{args.minutes:g} minutes are over; the same line again continues")
         first = False
     return True
 

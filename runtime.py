@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 import outputs
-from outputs import COLOURS, METHOD_STYLE  # noqa: F401, part of this file's interface
+from outputs import METHOD_STYLE  # noqa: F401, part of this file's interface
 
 # --------------------------------------------------------------------------------------------------
 # device, precision, layout
@@ -224,7 +224,8 @@ class Interrupt:
         self.world = world
         self.signal = 0
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(number, self._note)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell's background job
+                signal.signal(number, self._note)
 
     def _note(self, number, frame):
         self.signal = number
@@ -295,6 +296,7 @@ class Log:
         line["memory_gb"] = memory(self.device)
         line |= more
         self.pending.clear()
+        self.restart_clock()
         if self.rank == 0:
             with self.path.open("a") as f:
                 f.write(json.dumps(line) + "\n")

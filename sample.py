@@ -25,6 +25,7 @@ from tqdm import tqdm
 import metrics
 import outputs
 import runtime
+import weights
 from classifier import load_features
 from data import image_noise, load_images, to_float
 from losses import NoiseSchedule
@@ -111,7 +112,7 @@ def load_model(path, args, device):
     if Path(path, "ckpt.pt").is_file():
         path = Path(path, "ckpt.pt")
     if os.path.isdir(path):
-        net, size, trained = UNet.from_diffusers(path), 32, {}
+        net, size, trained = UNet.from_diffusers(path), weights.sample_size(path), {}
     else:
         ckpt = load_checkpoint(path)
         try:
@@ -220,8 +221,9 @@ def save_sample(images, out, png):
     save_grid(x, new / "grid.png")
 
     folder.mkdir(exist_ok=True)
-    count = folder / ".count"  # how many of the images there are a sample's
+    count = folder / ".count"  # how many of the images there are a sample's, at most
     earlier = int(count.read_text()) if count.exists() else 0
+    count.write_text(str(max(earlier, len(images))))
     for i in range(earlier):
         (folder / f"{i:06d}.png").unlink(missing_ok=True)
     for i in range(len(images) if png else 0):
@@ -340,6 +342,8 @@ def sample_and_score(runs, args):
             x = save_sample(images, Path(out), args.png)
             numbers = metrics.image_statistics(x)
             settings = dict(ckpt=path, sampler=args.sampler, **options[out])
+            if len(images) < args.n:
+                settings["interrupted"] = True
             if scorer:
                 settings["reference"] = reference_name(args, trained)
                 numbers |= evaluate(images, args, scorer, settings["reference"], device)
@@ -384,9 +388,9 @@ def main():
             "--spacing use compare.py"
         )
     if args.export:
-        ckpt = load_checkpoint(args.ckpt)
-        net = UNet.load(ckpt, ema=not args.raw)
-        net.to_diffusers(args.export, args.image_size or ckpt["image_size"])
+        args.amp, args.compile = "fp32", False
+        net, size, _ = load_model(args.ckpt, args, "cpu")
+        net.to_diffusers(args.export, size)
         print(f"{args.ckpt} -> {args.export}, for diffusers' DDPMPipeline.from_pretrained")
         return
     sample_and_score({args.out: (args.ckpt, args.steps, args.spacing)}, args)

@@ -1,7 +1,7 @@
 """DDPM, DDIM and EDM's Heun sampler: x_T ~ N(0, I) of shape (B, ..) -> x_0 of the same shape.
 
     x0 = ddpm_sample(model, schedule, torch.randn(64, 3, 32, 32))
-    x0 = ddim_sample(model, schedule, x_T, steps=50)
+    x0 = ddim_sample(model, schedule, x_T, steps=50, rederive=True)  # as the command line does
 
 A model is any callable (x_t, t) -> eps; `schedule` is a losses.NoiseSchedule. In the steps, abar
 and abar_prev are (B,) float64 with abar < abar_prev <= 1. A new sampler is a function and a row of
@@ -87,8 +87,8 @@ def heun_correct(x, x_next, d, eps_next, sigma, sigma_next, clip=True):
 def ddpm_timesteps(T, steps=None, spacing="respaced"):
     """Pairs (t, t_prev), from noise to data; t_prev = -1 stands for x_0. steps: None for all T.
 
-    respaced   evenly spaced t, betas re-derived between neighbours (Nichol & Dhariwal, 2021) naive
-    the same t, each step computed as if from t to t - 1 (Eq. 5 with a subset of the steps)
+    respaced   evenly spaced t, betas re-derived between neighbours (Nichol & Dhariwal, 2021)
+    naive      the same t, each step as if from t to t - 1 (Eq. 5 with a subset of the steps)
     truncated  t = steps-1 .. 0, started from N(0, I)
     """
     steps = T if steps is None else steps
@@ -120,7 +120,7 @@ def heun_timesteps(schedule, steps=18, t_start=None, rho=7.0):
     """
     sigmas = np.array(schedule.sigmas)
     t_start = schedule.T - 1 if t_start is None else t_start
-    if steps < 1 or not 0 <= t_start < schedule.T:
+    if not 1 <= steps <= schedule.T or not 0 <= t_start < schedule.T:
         raise ValueError(
             f"heun: need --steps >= 1 (got {steps}) and t_start in 0..{schedule.T - 1} (got {t_start})"
         )
@@ -207,6 +207,8 @@ def heun_follow(
     (default T - 1). S_churn > 0 adds noise within [S_min, S_max]; all levels are rounded to the
     schedule's (ours).
     """
+    if not S_churn >= 0:
+        raise ValueError(f"--s-churn {S_churn}: must be at least 0")
     abars = schedule.alphas_bar.to(x_T.device)
     scales = abars.sqrt().to(x_T.dtype)
     table = np.array(schedule.sigmas)

@@ -242,7 +242,7 @@ def prepare(net, args, device, world=1, backend=None):
 
 
 def train_step(state, args, step, batches, classifier=None):
-    """One update on a batch in parts -> scalars to log, on the device: nothing here waits for it.
+    """Algorithm 1: one update on a batch in parts -> scalars to log, on the device: nothing here waits for it.
 
     batches: dicts of x0, t, eps, beta, u and, if they are read, y, sigma_y, keys (of dropout).
     """

@@ -57,7 +57,7 @@ def load_data(args, net, classifier, ckpt, device, world):
     if world > 1 and local == 0:
         dist.barrier()
     data = CorruptedImages(images, labels, args.p, args.sigma, args.seed, device, args.corrupt)
-    some = images[:: len(images) // 2000 + 1]  # 2,000 of them, and their number, tell a set
+    some = images[:: len(images) // 2000 + 1]  # up to 2,000 of them, and their number, tell a set
     data.key = metrics.images_key(f"{len(images)}", some)
     if ckpt and ckpt.get("data_key", data.key) != data.key:
         raise ValueError(
@@ -145,6 +145,10 @@ def check(args, world, objectives):
     parts = f"{world} processes x --accum {args.accum}"
     if args.batch_size % (world * args.accum):
         raise ValueError(f"--batch-size {args.batch_size}: must divide by {parts}")
+    rows = args.reg_share * args.batch_size  # those of a part are rounded by themselves
+    if "reg_share" in objectives[args.robust][1] and world * args.accum > 1:
+        if rows % (world * args.accum):
+            raise ValueError(f"--reg-share {args.reg_share}: {rows:g} rows must divide by {parts}")
     if args.resume and (args.init or args.overwrite):
         raise ValueError(f"--resume with --{'init' if args.init else 'overwrite'}: choose one")
 
@@ -197,15 +201,21 @@ def resume(args, path, change):
     if ckpt["args"].get("amp") == "auto" and not torch.cuda.is_available():
         ckpt["args"]["amp"] = "fp32"  # what auto meant on a CPU before it was stored by name
     for name, value in ckpt["args"].items():
-        if name not in args.given:
+        if name not in args.given or (name == "amp" and args.amp == "auto"):
             setattr(args, name, value)
         elif name not in FREE and getattr(args, name) != value:
             raise ValueError(
                 f"{flag(name)} {getattr(args, name)}: the checkpoint {path} was trained with "
                 f"{value}; drop the flag or start in another --out"
             )
+    if args.iters < ckpt["step"]:
+        raise ValueError(f"--iters {args.iters}: {path} is at step {ckpt['step']} already")
     before = change(SimpleNamespace(**ckpt["args"]))
-    if change(args) != before and ckpt["step"] > min(before, change(args)):
+    if (
+        before < ckpt["args"]["iters"]
+        and change(args) != before
+        and ckpt["step"] > min(before, change(args))
+    ):
         raise ValueError(
             f"--iters {args.iters}: the regulariser of {path} began at step {before} of "
             f"{ckpt['args']['iters']}, which step {ckpt['step']} has passed; start another --out "

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import weights
+from rng import scramble
 from runtime import load_checkpoint
 
 PRESETS = {
@@ -81,18 +82,6 @@ class Dropout(nn.Module):
         random = scramble(number.view(x.shape[1:]) ^ row) ^ -(2**31)  # in the order of their signs
         keep = random >= round(self.p * 2**32) - 2**31
         return x * keep.to(x.dtype) / (1 - self.p)
-
-
-def scramble(x):
-    """A permutation of the 32-bit integers that leaves no pattern (lowbias32, C. Wellons): int32 ->
-    int32, elementwise.
-
-    Products wrap. A shift to the right repeats the sign, which is masked out. int64 takes a CPU
-    three times as long.
-    """
-    x = (x ^ x >> 16 & 0xFFFF) * 0x7FEB352D
-    x = (x ^ x >> 15 & 0x1FFFF) * (0x846CA68B - 2**32)
-    return x ^ x >> 16 & 0xFFFF
 
 
 class ResBlock(nn.Module):

@@ -1,10 +1,9 @@
 """Weights: into a network that they fit, and of unet.UNet as diffusers' UNet2DModel and back.
 
-    python sample.py --ckpt out/ckpt.pt --export folder      #
-        DDPMPipeline.from_pretrained("folder")
+    python sample.py --ckpt out/ckpt.pt --export folder  # for DDPMPipeline.from_pretrained("folder")
     net = UNet.from_diffusers("ddpm-cifar10-32/")
 
-Needs torch alone; a .safetensors file takes `pip install safetensors`.
+A .safetensors file takes `pip install safetensors`.
 """
 
 import json
@@ -156,16 +155,33 @@ def highest(pattern, state):
     return max(int(match[1]) for match in found if match)
 
 
-def read_diffusers(folder):
-    """The state dict in a folder of UNet2DModel or DDPMPipeline; ValueError where it is another
-    family's.
-    """
+def read_config(folder):
+    """-> the folder with config.json, that of a model or of a pipeline around it, and its content."""
     folder = Path(folder)
     if (folder / "unet").is_dir():
         folder = folder / "unet"
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json, so not a diffusers model folder")
-    config = json.loads((folder / "config.json").read_text())
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError as e:
+        raise ValueError(f"{folder}/config.json: {str(e).splitlines()[0]}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder}/config.json: holds no object")
+    return folder, config
+
+
+def sample_size(folder):
+    """The image size of a UNet2DModel's folder; 32 where the file leaves it out."""
+    size = read_config(folder)[1].get("sample_size") or 32
+    return size if isinstance(size, int) else size[0]
+
+
+def read_diffusers(folder):
+    """The state dict in a folder of UNet2DModel or DDPMPipeline; ValueError where it is another
+    family's.
+    """
+    folder, config = read_config(folder)
     wrong = []  # silently different arithmetic is worse than a refusal
     for key, (value, default) in FIXED.items():
         found = config.get(key, default)
@@ -236,6 +252,7 @@ def write_diffusers(state, config, folder, image_size):
     tmp = path.with_suffix(".tmp")
     torch.save(to_diffusers(state), tmp)
     os.replace(tmp, path)
+    path.with_suffix(".safetensors").unlink(missing_ok=True)  # readers would prefer it
 
 
 def write_json(path, content):

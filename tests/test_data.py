@@ -10,6 +10,7 @@ from scipy import ndimage, stats
 
 from data import (
     CORRUPTIONS,
+    Batches,
     CorruptedImages,
     Order,
     image_noise,
@@ -582,3 +583,22 @@ def test_a_damaged_cache_is_decoded_anew(damage, tmp_path, capsys):
     again, _ = load_images(f"folder:{tmp_path / 'folder'}", root=tmp_path)
     assert np.array_equal(again[0], first)
     assert "damaged, decoded anew" in capsys.readouterr().out
+
+
+def test_no_dropout_mask_comes_back():
+    """The keys of all rows of 100 steps differ; those of consecutive steps were shifted by one row."""
+    from types import SimpleNamespace
+
+    data = CorruptedImages(pixels(16))
+    args = SimpleNamespace(batch_size=8, accum=2, seed=3, dropout=0.1, flip=False, classifier=None)
+    args.drop_noisy = False
+    args.robust = "none"
+    run = SimpleNamespace(data=data, sigma_y=None, device=torch.device("cpu"), rank=0, world=1)
+
+    def numbers(generator, seed, step, T, B, size):
+        return dict(flip=torch.zeros(B, dtype=torch.bool))
+
+    batches = Batches(args, run, numbers, 1000)
+    keys = torch.cat([part["keys"] for step in range(100) for part in batches(step)])
+    batches.close()
+    assert len(keys) == 800 and len(keys.unique()) == 800

@@ -995,3 +995,15 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys, monkeypatch
     resume = ["--resume", "--iters", 3, "--device", "cpu", "--out", tmp_path / "o"]
     assert "are not finite; the last good" in bad(capsys, train, *resume, code=1)
     assert (tmp_path / "o" / "ckpt.pt").read_bytes() == before
+
+
+def test_shares_that_the_parts_would_round_are_refused(tmp_path, capsys):
+    args = [*SMALL, "--robust", "adv", "--iters", 1, "--reg-share", 0.25, "--out", tmp_path / "o"]
+    assert "2 rows must divide by" in bad(capsys, train, *args, "--accum", 4)
+
+
+def test_the_same_line_with_resume_continues(tmp_path, no_pictures):
+    """--amp auto is kept by the name of what it chose."""
+    args = [*SMALL[:-1], "auto", "--out", tmp_path / "o"]
+    assert call(train, *args, "--iters", 1) == 0
+    assert call(train, *args, "--iters", 2, "--resume") == 0

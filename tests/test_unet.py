@@ -5,6 +5,7 @@ import errno
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -461,3 +462,15 @@ def test_patch_is_the_network_on_reordered_pixels():
     assert want.std() > 0.01 and torch.equal(net(x, t), want)
     with pytest.raises(ValueError, match="divide by 4"):
         net(x[..., :6], t)
+
+
+def test_a_folder_of_diffusers_is_sampled_at_its_size(tmp_path):
+    net = random_net(channels=(32, 32), attention=(False, True), blocks=1)
+    net.to_diffusers(tmp_path / "a", image_size=16)
+    small = ["--n", 1, "--steps", 1, "--device", "cpu", "--no-png"]
+    assert call(sample, "--ckpt", tmp_path / "a", *small, "--out", tmp_path / "s") == 0
+    assert np.load(tmp_path / "s/samples.npz")["images"].shape == (1, 16, 16, 3)
+    stale = tmp_path / "a/unet/diffusion_pytorch_model.safetensors"
+    stale.write_bytes(b"of an earlier export")
+    net.to_diffusers(tmp_path / "a", image_size=16)
+    assert not stale.exists()
