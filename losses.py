@@ -103,9 +103,7 @@ def perturbation_radius(schedule, t, beta=1.0, omega=2.0, gamma=8 / 255):
 
 
 def random_delta(x, radius):
-    """delta_ran ~ U(-r, r) per element (Eq. 7), x's shape, from the global generator; standard
-    deviation r / sqrt(3).
-    """
+    """delta_ran ~ U(-r, r) per element (Eq. 7), x's shape; standard deviation r / sqrt(3)."""
     return (2 * torch.rand_like(x) - 1) * like(radius, x)
 
 
@@ -118,8 +116,7 @@ def adversarial_delta(model, schedule, x_t, t, eps, radius, start, objective="eq
       "eq8"  J = |eps(x', t) - eps(x_t, t)|^2          (Eq. 8; printed there as an argmin, a slip)
       "ldm"  J = |eps(x', t) - eps|^2                  (the other reading, the formula below Eq. 8)
       "reg"  J = |eps(x', t) - eps(x_t, t) - delta|^2  (ours: the regulariser itself)
-    eps_x: eps(x_t, t) if known, which saves a forward. Returns a constant. No weight gradient is
-    computed.
+    eps_x: eps(x_t, t) if known, which saves a forward. Returns a constant.
     """
     if objective not in ("eq8", "ldm", "reg"):
         raise ValueError(f"objective={objective!r}: need 'eq8', 'ldm' or 'reg'")
@@ -240,6 +237,7 @@ def regulariser_weight(schedule, t, beta=1.0, lam=0.3, omega=2.0, gamma=8 / 255,
 def robust_loss(
     model, schedule, x0, t, eps, perturb="adv", constraint="equivariance", lam=0.3, omega=2.0,
     gamma=8 / 255, ray_units="pixel", objective="eq8", detach=False, beta=None, u=None, share=1.0,
+    t_min=0,
 ):  # fmt: skip
     """L_AT = |eps(x_t) - eps|^2 + lambda_t |eps(x_t^adv) - eps(x_t) - delta|^2  (Eq. 10).
 
@@ -252,9 +250,9 @@ def robust_loss(
     detach      stops the gradient through eps(x_t) in the second term (ours; as printed it flows)
     beta, u     (B,) in [0.5, 2], and in [-1, 1] of x0's shape with delta_ran = r_beta u; by default
                 drawn from the global generator
-    share       q in (0, 1]: the second term is the mean over the first round(q B) rows, at least one.
-                It is an expectation over the batch, so this is unbiased (ours). A step then costs
-                1 + q ("ran") or 1 + 5 q / 3 ("adv") times one of DDPM
+    share       q: the second term is the mean over the first round(q B) rows, at least one: unbiased
+                (ours). A step costs 1 + q ("ran") or 1 + 5 q / 3 ("adv") times one of DDPM
+    t_min       lambda_t is 0 below this step (ours: RESULTS.md, "Why from scratch fails")
     parts       detached scalars: L_DM and L_reg, which sum to the loss, the means of lambda_t, |delta|
     """
     if perturb not in ("ran", "adv"):
@@ -269,6 +267,7 @@ def robust_loss(
     t_n = t[:n]
     radius = perturbation_radius(schedule, t_n, beta[:n], omega, gamma)  # Eq. 7
     lambda_t = regulariser_weight(schedule, t_n, beta[:n], lam, omega, gamma, ray_units)
+    lambda_t = lambda_t * (t_n >= t_min)
     s = like((1 - schedule.at(schedule.alphas_bar, t_n)).sqrt(), x0)
 
     x_t = schedule.q_sample(x0, t, eps)  # Eq. 2

@@ -49,7 +49,7 @@ def regularised(perturb, constraint):
         settings = {name: getattr(args, name) for name in RAY}
         return robust_loss(
             model, schedule, x0, t, eps, perturb, constraint, beta=beta, u=u,
-            share=args.reg_share, **settings,
+            share=args.reg_share, t_min=args.reg_from, **settings,
         )  # fmt: skip
 
     return objective
@@ -72,7 +72,7 @@ def addt(model, schedule, args, x0, t, eps, y=None, classifier=None, **_):
 
 
 RAY = "lam omega gamma ray_units objective detach".split()
-REGULARISER = [*RAY, "reg_last", "reg_share", "reg_lr"]
+REGULARISER = [*RAY, "reg_last", "reg_share", "reg_from", "reg_lr"]
 OBJECTIVES = {  # --robust: (objective, the flags that it alone reads, what it is)
     "none": (ddpm, [], "DDPM (Eq. 4)"),
     "ran": (regularised("ran", "equivariance"), REGULARISER, "Robust_ran (Eq. 10)"),
@@ -121,6 +121,7 @@ def parse_args(argv=None):
     add("--detach", action="store_true", help="no gradient through eps(x_t) in L_reg (ours)")
     add("--reg-last", type=part, default=0.1, help="L_reg acts in the last share of the steps")
     add("--reg-share", type=part, default=0.25, help="L_reg acts on this share of a batch")
+    add("--reg-from", type=between(0, 999, int), default=0, help="L_reg acts on t >= this (ours)")
     add("--reg-lr", type=part, default=0.5, help="times --lr where L_reg follows plain DDPM (ours)")
     add("--drop-noisy", action="store_true", help="leave out images judged noisy (a rival, ours)")
     add("--noisy-above", type=number, default=0.08, help="noise at which an image is judged noisy")

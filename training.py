@@ -198,6 +198,7 @@ def resume(args, path, change):
         raise ValueError(f"{path}: not a checkpoint of train.py that can be resumed {wrong}")
     if "reg_last" not in ckpt["args"]:  # written before there was a second phase
         ckpt["args"] |= dict(reg_last=1.0, reg_share=1.0, reg_lr=1.0)
+    ckpt["args"].setdefault("reg_from", 0)
     if ckpt["args"].get("amp") == "auto" and not torch.cuda.is_available():
         ckpt["args"]["amp"] = "fp32"  # what auto meant on a CPU before it was stored by name
     for name, value in ckpt["args"].items():

@@ -483,6 +483,28 @@ def test_eq10_share_is_unbiased(perturb, share):
     )  # one order alone is another number
 
 
+@pytest.mark.parametrize("perturb", ["ran", "adv"])
+def test_eq10_from_t_min_is_the_term_of_those_rows(perturb):
+    """Row by row: lambda_t is 0 below t_min, the rest is divided by all rows, and L_DM stays."""
+    x0, eps, u = draw(6, 3, 4, 4), draw(6, 3, 4, 4), draw(6, 3, 4, 4).clamp(-1, 1)
+    t = torch.tensor([0, 9, 10, 11, 500, 999])
+    beta = torch.linspace(0.5, 2, 6, dtype=torch.float64)
+
+    def model(x, t):
+        return (x * (1 + t.view(-1, 1, 1, 1) / 500)).tanh()
+
+    def terms(rows, **options):
+        batch = (x0[rows], t[rows], eps[rows])
+        own = dict(beta=beta[rows], u=u[rows])
+        return robust_loss(model, SCHEDULE, *batch, perturb, **own, **options)[1]
+
+    single = [terms(slice(i, i + 1))["L_reg"].item() for i in range(6)]
+    found = terms(slice(0, 6), t_min=10)
+    assert found["L_reg"].item() == pytest.approx(sum(single[2:]) / 6, rel=1e-9)
+    assert torch.equal(found["L_DM"], terms(slice(0, 6))["L_DM"])
+    assert terms(slice(0, 6))["L_reg"].item() == pytest.approx(sum(single) / 6, rel=1e-9)
+
+
 @pytest.mark.parametrize("perturb, rows", [("ran", [8 + 2]), ("adv", [8, 2, 2])])
 def test_eq10_share_is_the_work_done(perturb, rows):
     """share = 1/4 of 8 rows: one forward over 10 (ran), or 8 clean, 2 in the attack, 2 perturbed (adv)."""
