@@ -10,6 +10,7 @@ import pytest
 
 import reproduce
 import runner
+from outputs import Failed
 
 ROOT = Path(reproduce.__file__).parent
 
@@ -158,9 +159,9 @@ def test_stops_and_continues(tmp_path):
     assert 0 < stopped < 100_000
     assert runner.run(out / "metrics.json", argv.format(stopped + 2).split(), None)
     assert json.loads((out / "metrics.json").read_text())["step"] == stopped + 2
-    with pytest.raises(ValueError, match="without .*none/metrics.json"):
+    with pytest.raises(Failed, match="none/metrics.json is missing"):
         runner.run(tmp_path / "none/metrics.json", ["losses.py"], None)
-    with pytest.raises(ValueError, match="--minutes"):
+    with pytest.raises(Failed, match="--minutes"):
         runner.run(
             tmp_path / "none/metrics.json",
             ["sample.py", "--ckpt", f"{out}/ckpt.pt", "--device", "cpu"],
