@@ -217,16 +217,15 @@ def draw_numbers(generator, seed, step, T, B, size):
     )
 
 
-def prepare(net, args, device, world=1, backend=None):
-    """What `train_step` works on; backend: that of torch.compile, if any.
-
-    params: the float32 weights; weights: those that compute, their copies in lower precision unless
-    that is float32.
-    """
+def prepare(net, args, device, world=1, backend=None, cast_once=None):
+    """What `train_step` works on; backend: torch.compile's, if any. params: the float32 weights;
+    weights: those that compute, with cast_once (None: on a GPU, where a cast is a launch) copies of
+    them in lower precision; else autocast casts next to their use."""
     optimizer = dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW)[args.optimizer]
     params = list(net.parameters())
     dtype = precision(device, args.amp)
-    model = net if dtype == torch.float32 else copy.deepcopy(net).cast(dtype)
+    once = device.type == "cuda" if cast_once is None else cast_once
+    model = copy.deepcopy(net).cast(dtype) if once and dtype != torch.float32 else net
     return SimpleNamespace(
         net=net,
         params=params,

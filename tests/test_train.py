@@ -766,8 +766,10 @@ def test_bf16_update_is_autocast(method):
     args = train.parse_args(
         [*f"--lr 0.01 --warmup 0 --clip-grad 0 --amp bf16 --robust {method}".split(), *paper]
     )
-    run, plain = (train.prepare(copy.deepcopy(net), args, torch.device("cpu")) for _ in range(2))
-    plain.model, plain.weights = plain.net, plain.params  # as in --amp fp32, but under autocast
+    cpu = torch.device("cpu")
+    run = train.prepare(copy.deepcopy(net), args, cpu, cast_once=True)  # as on a GPU
+    plain = train.prepare(copy.deepcopy(net), args, cpu)
+    assert run.weights[0].dtype == torch.bfloat16 and plain.weights[0] is plain.params[0]
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         numbers = train.draw_numbers(generator, 0, step, 1000, 4, 8)
