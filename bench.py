@@ -54,10 +54,10 @@ def draws(data, B, device, dropout=0.0):
     return lambda step: batches(step)[0]
 
 
-def make_step(net, device, amp="auto", backend=None):
-    """-> step(method, batch) -> dict(loss, .., grad_norm), one step; backend: torch.compile's."""
+def make_step(net, device, amp="auto", backend=None, cast_once=None):
+    """-> step(method, batch) -> dict(loss, .., grad_norm), one step; the rest as train.prepare."""
     args = {method: settings(method, amp) for method in METHODS}
-    state = train.prepare(net.train(), args["none"], device, backend=backend)
+    state = train.prepare(net.train(), args["none"], device, 1, backend, cast_once)
     done = itertools.count()
     return lambda method, batch: train.train_step(state, args[method], next(done), [batch])
 

@@ -167,7 +167,7 @@ def training_rows(args, amp, make_step):
     net = fake_parameters(UNet(**PRESETS[args.model]), CPU)
     found = {}
     with Recorder(CPU) as recorder:
-        step = make_step(net, CPU, amp, "inductor")
+        step = make_step(net, CPU, amp, "inductor", cast_once=True)
         step(args.methods[0], batch)  # makes the optimizer's moments
         for method in args.methods:
             found[f"{method}, B = {B}"] = recorder.calls(step, method, batch)

@@ -41,6 +41,7 @@ SLOW = """
     test_image_i_depends_on_seed_and_i_alone
     test_init_starts_from_the_ema_weights
     test_integer_kernels_equal_eager
+    test_a_step_is_counted
     test_kernels_of_a_step
     test_kernels_of_the_noise
     test_kill_and_resume_equals_uninterrupted
