@@ -66,6 +66,7 @@ MILD = "--p 0.9 --sigma 0.1".split()
 CLEAN = []
 DDPM = ["--robust", "none"]
 LATE = ["--robust", "adv"]  # this project's own: in the last steps, on a share of the rows
+LATE_RAN = ["--robust", "ran"]
 P1 = "--reg-last 1 --reg-share 1".split()  # Eq. 10 in every step, on every row, as P1 prints it
 ADV = ["--robust", "adv", *P1]
 RAN = ["--robust", "ran", *P1]
