@@ -287,6 +287,31 @@ def test_spacing_on_gaussian_data(variance):
         assert near == (spacing == "respaced"), ours
 
 
+# NOTES.md, "Fewer steps": std over that of the data, for v = 75, 2, .08, .0022
+KEPT = {
+    ("respaced", 500): (0.994, 0.999, 1.007, 1.037),
+    ("respaced", 300): (0.990, 0.998, 1.013, 1.082),
+    ("naive", 500): (0.409, 0.886, 1.424, 1.936),
+    ("naive", 300): (0.272, 0.826, 1.885, 4.095),
+    ("truncated", 500): (0.511, 0.994, 1.004, 1.007),
+    ("truncated", 300): (0.228, 0.915, 1.017, 1.008),
+}
+
+
+@pytest.mark.parametrize("spacing, steps", KEPT)
+def test_what_fewer_steps_keep(spacing, steps):
+    """The table of NOTES.md; and truncated is the posterior mean and variance of x_0 given an x_t
+    drawn from N(0, 1) instead of the diffused data."""
+    for v, kept in zip((75, 2, 0.08, 0.0022), KEPT[spacing, steps]):
+        _, variance = sampled_moments(v, 0.0, steps, spacing, "fixed-large")
+        assert (variance / v) ** 0.5 == pytest.approx(kept, abs=6e-4)
+        if spacing == "truncated":
+            abar = ABAR[steps - 1]
+            total = abar * v + 1 - abar
+            exact = v * (1 - abar) / total + abar * (v / total) ** 2
+            assert (exact / v) ** 0.5 == pytest.approx(kept, abs=0.01)
+
+
 # one graph ------------------------------------------------------------------------------------------------------------
 
 
