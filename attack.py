@@ -20,7 +20,6 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib
 import torch
 import torch.distributed as dist
 from torchvision.utils import make_grid
@@ -32,11 +31,9 @@ import runtime
 import sample
 from data import to_float
 from losses import NoiseSchedule
+from outputs import plt
 from runtime import between
 from sampler_attack import COUNTED, OBJECTIVES, Attack, attacked_steps, sampler_steps, summarise
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 def attacked_samples(model, size, runs, args, options, where, bar):
@@ -129,6 +126,9 @@ def parse():
     add("--out", default="attack")
     sample.add_arguments(parser)
     args = parser.parse_args()
+    idle = runtime.idle_flags(parser)
+    idle(not args.fid, f"data {sample.UNSCORED}", "without --fid")
+    idle(args.attack_iters == 1, "attack_factor", "with --attack-iters 1")
     if args.sampler == "heun":
         raise ValueError("--sampler heun: the attack is defined on the steps of ddpm and ddim")
     options = sample.sampler_options(args, args.steps, args.spacing)
@@ -137,9 +137,8 @@ def parse():
     if len(args.attacked) > 1 and not attacked_steps(args.n_steps, args.attacked[1]):
         least = f"need at least {1 / args.n_steps:.3g}, or 0"
         raise ValueError(f"--attacked {args.attacked[1]}: is no step of {args.n_steps}; {least}")
-    if args.n < 1 + args.fid or args.batch_size < 1:
-        least = f"need at least {1 + args.fid} and 1"
-        raise ValueError(f"--n {args.n} --batch-size {args.batch_size}: {least}")
+    if args.n < 1 + args.fid:
+        raise ValueError(f"--n {args.n}: --fid needs 2 images, a covariance")
     return args, options
 
 
@@ -161,7 +160,7 @@ def load(args, device, rank):
 def main():
     started = time.time()
     args, options = parse()
-    device, rank, world = where = runtime.setup(args.device)
+    device, rank, world = where = runtime.setup(args.device, parallel=True)
     models, scorer = load(args, device, rank)
     out = outputs.claim(args.out) if rank == 0 else Path(args.out)
     runs = [(0.0, "none")]
@@ -186,9 +185,10 @@ def main():
                 for line in numbers.get("checks", {}).get("violated", []):
                     text = f"CHECK VIOLATED: {name}, {share:.0%} of the steps: {line}"
                     tqdm.write(text, file=sys.stderr)
+            if rank == 0:  # after each: Ctrl-C keeps those before
+                outputs.write_table(out / "table.csv", table(record))
     if rank == 0:
         methods = {name: trained.get("robust") for name, (_, _, trained) in models.items()}
-        outputs.write_table(out / "table.csv", table(record))
         panels = [scorer[1], "change_rms"] if scorer else ["noise_level", "change_rms"]
         plot_curves(record, panels, args, outputs.styles(methods), out / "attack.png")
         plot_rows(pictures, runs, out / "rows.png")

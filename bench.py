@@ -193,18 +193,23 @@ def parse_args():
     add("--what", nargs="+", choices=SECTIONS, default=["methods", "modes", "sampling"])
     add("--methods", nargs="+", choices=METHODS, default=["none", "ran", "adv", "inv-adv"])
     add("--model", choices=PRESETS, default="ddpm")
-    add("--image-size", type=count, metavar="S", help="default: 32, ddpm64 64")
+    some = between(1, 4096, int)
+    add("--image-size", type=some, metavar="S", help="default: 32, ddpm64 64")
     add("--batch-size", type=count, help="default: train.py's")
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
-    add("--threads", type=count, metavar="N", default=torch.get_num_threads(), help="of a CPU")
+    add("--threads", type=some, metavar="N", default=torch.get_num_threads(), help="of a CPU")
     add("--repeats", type=count, default=5, help="rounds")
     add("--seconds-per", type=positive, default=2.0, metavar="SEC", help="one measurement")
     add("--bandwidth", type=positive, default=4.8, metavar="TB/s", help="kernels; an H200's")
     add("--peak", type=positive, default=989.0, metavar="TFLOP/s", help="kernels; an H200's, bf16")
     add("--out", default="out_bench")
     args = parser.parse_args()
+    runtime.refuse_repeats(args, "what", "methods")
+    idle = runtime.idle_flags(parser)
+    idle("methods" not in args.what, "methods", "without --what methods")
+    idle("kernels" not in args.what, "bandwidth peak", "without --what kernels")
     size = 64 if args.model == "ddpm64" else 32
     train.fill(args, image_size=size, batch_size=train.RECIPES[args.model]["batch_size"])
     with torch.device("meta"):
@@ -233,8 +238,8 @@ def main():
     rows = []
     for name in args.what:
         rows += SECTIONS[name](args, device, batch)
+        (out / "table.md").write_text(markdown(rows))  # after each: Ctrl-C keeps those before
         torch.compiler.reset()
-    (out / "table.md").write_text(markdown(rows))
     more = dict(n=args.repeats, rows=rows, args=vars(args))
     runtime.write_metrics(out, started, seed=0, device=device, **more)
     print(f"{markdown(rows)}-> {out}/table.md")

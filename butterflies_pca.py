@@ -25,7 +25,6 @@ import copy
 import math
 import time
 
-import matplotlib
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -35,13 +34,10 @@ import outputs
 import runtime
 from data import load_images, seed_at
 from losses import NoiseSchedule, ddpm_loss, robust_loss
-from outputs import METHOD_STYLE
+from outputs import METHOD_STYLE, plt
 from runtime import between, refuse_repeats, setup
 from sample import generate
 from unet import UNet
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 METHODS = {  # name: (perturb, constraint, lam)
     "none": None,
@@ -183,7 +179,7 @@ def parse_args():
     )
     add("--sample-steps", type=count, help="default ddpm 1000, ddim 50")
     add("--seeds", type=count, default=1, help="runs with seeds --seed, --seed + 1, ...")
-    add("--seed", type=between(0, kind=int), default=0)
+    add("--seed", type=runtime.SEED, default=0)
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     add("--out", default="out_butterflies")
     args = parser.parse_args()
@@ -191,6 +187,9 @@ def parse_args():
     if args.sample_steps > 1000:
         raise ValueError(f"--sample-steps {args.sample_steps}: must lie in 1..1000")
     refuse_repeats(args, "methods", "conditions")
+    idle = runtime.idle_flags(parser)
+    idle("noisy" not in args.conditions, "p sigma", "without --conditions noisy")
+    idle(args.methods == ["none"], "reg_last reg_share", "with --methods none")
     if not cells(args):
         raise ValueError("--methods: of several, invariance runs on --conditions noisy alone")
     factor = args.patch * 2 ** (len(args.channels) - 1)
@@ -308,6 +307,7 @@ def main():
     print(
         f"{args.components} components keep {subspace.kept:.1%} of the variance of {args.data} at {S}x{S}"
     )
+    axes = dict(mu=subspace.mu.cpu().numpy(), U=subspace.U.cpu().numpy())
     samples = {}  # condition/method: (n, D), of the first seed
     curves = {}  # condition/method: {seed: [(step, rho, psnr, signal_std)]}
     shown = {}
@@ -323,12 +323,10 @@ def main():
             key = f"{condition}/{method}"
             curves.setdefault(key, {})[seed] = curve
             samples.setdefault(key, x)
-
-    numbers = summary(curves)
-    lines = table(numbers)
-    (out / "table.md").write_text("\n".join(lines) + "\n")
-    axes = dict(mu=subspace.mu.cpu().numpy(), U=subspace.U.cpu().numpy())
-    np.savez_compressed(out / "samples.npz", **axes, **samples)
+            numbers = summary(curves)  # after each: Ctrl-C keeps those before
+            lines = table(numbers)
+            (out / "table.md").write_text("\n".join(lines) + "\n")
+            np.savez_compressed(out / "samples.npz", **axes, **samples)
     plot_rows(shown, samples, S, out / "rows.png")
     plot_curves(curves, args, out / "curves.png")
     settings = {name: value for name, value in vars(args).items() if name != "out"}

@@ -23,6 +23,7 @@ import outputs
 import runtime
 import weights
 from data import NAMES, CorruptedImages, Order, load_images, seed_at
+from images import class_names, refuse_other_classes
 from runtime import autocast, between, load_checkpoint, precision, save_checkpoint, setup
 
 PRESETS = {"wrn-28-10": dict(depth=28, width=10), "small": dict(depth=10, width=2)}
@@ -103,6 +104,7 @@ def load_classifier(path, device="cpu", compiled=False):
     if ckpt.get("kind") != "classifier":
         raise ValueError(f"{path}: holds no classifier (classifier.py's checkpoints do)")
     net = weights.fitted(WideResNet, ckpt, "model", path)
+    net.classes = ckpt.get("classes")
     on_gpu = torch.device(device).type == "cuda"
     net = net.eval().to(
         device, memory_format=torch.channels_last if on_gpu else torch.preserve_format
@@ -139,16 +141,16 @@ def parse_args():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    positive = between(0, above=True)
+    positive = between(0, 1e6, above=True)
     add("--data", default="synthetic", metavar="NAME", help=NAMES)
     add("--test", metavar="NAME", help="default: the test split of --data; needed for folder:PATH")
     add("--data-root", default="data")
-    add("--image-size", type=int, metavar="S")
+    add("--image-size", type=between(5, 4096, int), metavar="S")  # random_crop mirrors 4 pixels
     add("--model", choices=PRESETS, default="wrn-28-10", help="36.5 M parameters; small: 0.3 M")
     add("--epochs", type=positive, default=100)
     add("--batch-size", type=between(2, kind=int), default=128)
     add("--lr", type=positive, default=0.1, help="peak of the one-cycle schedule")
-    add("--seed", type=between(0, kind=int), default=0)
+    add("--seed", type=runtime.SEED, default=0)
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
@@ -165,6 +167,7 @@ def load_sets(args, device):
         found = load_images(name, args.image_size, split, args.data_root, labels_needed=True)
         sets.append(CorruptedImages(*found, device=device))
     train_set, test_set = sets
+    refuse_other_classes(f"--test {args.test}", class_names(args.test or args.data), args.data)
     if train_set.shape != test_set.shape:
         raise ValueError(f"--test: images of {test_set.shape}, --data of {train_set.shape}")
     if args.batch_size > len(train_set):
@@ -214,10 +217,10 @@ def main():
     net = net.to(device, memory_format=torch.channels_last)
     steps = fit(net, train_set, args, device)
     score = accuracy(net.eval(), test_set, args.batch_size, autocast(device, args.amp))
-    if not all(p.isfinite().all() for p in net.parameters()):
+    if not all(value.isfinite().all() for value in net.state_dict().values()):
         raise ValueError(f"--lr {args.lr}: training diverged; nothing was saved, try a lower one")
     ckpt = dict(kind="classifier", config=net.config, model=net.state_dict())
-    ckpt |= dict(image_size=train_set.shape[1], accuracy=score)
+    ckpt |= dict(image_size=train_set.shape[1], accuracy=score, classes=class_names(args.data))
     save_checkpoint(out / "classifier.pt", ckpt)
     runtime.write_metrics(
         out, started, seed=args.seed, device=device, n=len(test_set), test_accuracy=score,

@@ -20,7 +20,6 @@ import argparse
 import itertools
 from pathlib import Path
 
-import matplotlib
 import torch
 from torchvision.utils import make_grid
 
@@ -28,10 +27,9 @@ import metrics
 import outputs
 import runtime
 from data import CorruptedImages, load_images
-from sample import add_arguments, folder_name, sample_and_score
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from outputs import plt
+from runtime import between
+from sample import UNSCORED, add_arguments, folder_name, sample_and_score
 
 
 def run_name(args, path, steps, spacing):
@@ -50,16 +48,19 @@ def parse_args():
     )
     add = parser.add_argument
     add("--ckpt", required=True, nargs="+", help="checkpoints or folders, as of sample.py")
-    add("--n", type=int, default=10_000, help="images of each; FID below 10,000 is biased upwards")
+    count = dict(type=between(1, kind=int), default=10_000)
+    add("--n", **count, help="images of each; FID below 10,000 is biased upwards")
     add(
         "--steps", type=int, nargs="+", default=[None], help="default: ddpm 1000, ddim 100, heun 18"
     )
     add("--spacing", nargs="+", default=["respaced"], help="ddpm: respaced | naive | truncated")
-    add("--out", default="samples", help="a folder for each sample, the table and the figures")
+    add("--out", default="compare", help="a folder for each sample, the table and the figures")
     add("--fid", action="store_true", help="FID and IS against the clean images of --data")
     add("--png", action=argparse.BooleanOptionalAction, default=True, help="write the PNG folders")
     add_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    runtime.idle_flags(parser)(not args.fid, UNSCORED, "without --fid")
+    return args
 
 
 def main():
@@ -136,13 +137,8 @@ def side_by_side(results, out, args):
         clean = training[0][1]
         for _, x, numbers in rows[1:]:
             numbers["from_clean"] = metrics.nearest_distance(x[:500], clean)
-    columns = list(dict.fromkeys(k for _, _, numbers in rows for k in numbers))
-    lines = [",".join(["name", *columns])]
-    for name, _, numbers in rows:
-        cells = [f"{numbers[k]:.4f}" if k in numbers else "" for k in columns]
-        lines.append(",".join([name, *cells]))
-    (out / "table.csv").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    outputs.write_table(out / "table.csv", [dict(name=name) | numbers for name, _, numbers in rows])
+    print((out / "table.csv").read_text(), end="")
     draw_rows(rows, out / "side_by_side.png", min(32, args.n))
 
 

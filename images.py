@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from outputs import read_arrays
 from synthetic import synthetic_butterflies
 
 NAMES = "cifar10 | cifar100 | celeba | lsun-bedroom | folder:PATH | synthetic | synthetic:N"
@@ -57,6 +59,23 @@ def load_images(name, image_size=None, split="train", root="data", labels_needed
     return images, labels
 
 
+def class_names(name):
+    """The sub-folders with images of folder:PATH; None for a set that has its own classes."""
+    kind, _, path = name.partition(":")
+    if kind != "folder":
+        return None
+    files = [f for f in Path(path).rglob("*") if f.suffix.lower() in EXTENSIONS]
+    return sorted({str(f.parent.relative_to(path)) for f in files})
+
+
+def refuse_other_classes(what, known, name):
+    """Raises ValueError where a label means another class in --data NAME than in `known`."""
+    found = class_names(name)
+    if isinstance(known, list) and found and sorted(map(str, known)) != found:
+        wrong = min({*map(str, known)} ^ {*found}, default=found[0])
+        raise ValueError(f"{what}: its classes are not those of {name}, such as {wrong!r}")
+
+
 def to_rgb(image):
     """A Pillow image upright, of 8 bits and without alpha: what was transparent becomes white."""
     image = ImageOps.exif_transpose(image)
@@ -92,10 +111,11 @@ def _folder(path):
         )
     classes = sorted({f.parent for f in files})
     number = {c: (i if len(classes) > 1 else -1) for i, c in enumerate(classes)}
-    digest = hashlib.sha256(f"2 {path.resolve()}\n".encode())  # 2: of `to_rgb`
+    digest = hashlib.sha256(b"3 %s\n" % os.fsencode(path.resolve()))  # 3: of `to_rgb` and `_read`
     for f in files:
         stat = f.stat()
-        digest.update(f"{f.relative_to(path)}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(f.relative_to(path)))
+        digest.update(f"|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
 
     class Folder:
         def __len__(self):
@@ -151,7 +171,8 @@ def _cached(source, key, size, cache):
         tmp = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             labels = _decode(source, key, size, tmp)
-            np.save(path.with_suffix(".labels.npy"), labels)
+            check = _checksum(np.load(tmp, mmap_mode="r"))
+            np.savez(path.with_suffix(".labels.npz"), labels=labels, check=check)
             os.replace(tmp, path)
         finally:
             tmp.unlink(missing_ok=True)
@@ -165,16 +186,22 @@ def _read(path, n, size):
         return None
     try:
         images = np.load(path, mmap_mode="r")
-        labels = np.load(path.with_suffix(".labels.npy"))
+        labels, check = read_arrays(path.with_suffix(".labels.npz"), "labels", "check")
         side = size or images.shape[1]
         good = images.shape == (n, side, side, 3) and images.dtype == np.uint8
-        if good and labels.shape == (n,) and labels.dtype == np.int64:
+        if good and labels.shape == (n,) and check == _checksum(images):
             return images, labels
     except (ValueError, OSError, EOFError, IndexError):  # truncated, empty, no array
         pass
     print(f"{path}: damaged, decoded anew")
     path.unlink()
     return None
+
+
+def _checksum(images):
+    """Of up to 1,000 of the images and the last, so that large sets are not read as a whole."""
+    some = images[:: len(images) // 1000 + 1]
+    return zlib.crc32(images[-1].tobytes(), zlib.crc32(some.tobytes()))
 
 
 def _decode(source, key, size, path):

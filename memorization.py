@@ -19,11 +19,9 @@ import argparse
 import hashlib
 import os
 import time
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -35,11 +33,10 @@ import runtime
 from classifier import load_features
 from features import DINOv2, Pixels
 from images import NAMES, load_images
+from outputs import plt
 from runtime import between, setup
 from sample import add_arguments, load_model, sample_uint8, sampler_options
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from samplers import own_flags
 
 NULL = "test images (null)"
 
@@ -81,9 +78,10 @@ def unit_features(network, images, args, device, desc, key=None):
     """
     path = None
     if key is not None:
-        path = Path(args.data_root) / "cache" / f"features-{metrics.images_key(key, images)}.npy"
-        if path.exists():
-            return F.normalize(torch.from_numpy(np.load(path)))
+        path = Path(args.data_root) / "cache" / f"features-{metrics.images_key(key, images)}.npz"
+        found = outputs.read_cache(path, "features")
+        if found:
+            return F.normalize(torch.from_numpy(found[0]))
     features, _ = metrics.extract(network, images, args.batch_size, device, f"features, {desc}")
     bad = (~np.isfinite(features).all(1)).sum()
     if bad:
@@ -93,8 +91,8 @@ def unit_features(network, images, args, device, desc, key=None):
         )
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_suffix(f".{os.getpid()}.tmp.npy")
-        np.save(tmp, features)
+        tmp = path.with_suffix(f".{os.getpid()}.tmp.npz")
+        np.savez(tmp, features=features)
         os.replace(tmp, path)
     return F.normalize(torch.from_numpy(features))
 
@@ -158,6 +156,12 @@ def counts(similarity, thresholds):
 # what is compared
 
 
+def is_checkpoint(path):
+    """Also a folder of train.py, unless it is sampled already, or of diffusers."""
+    inside = any((path / name).is_file() for name in ("ckpt.pt", "config.json"))
+    return path.suffix == ".pt" or (inside and not (path / "samples.npz").is_file())
+
+
 def open_samples(path, args, options, device):
     """--samples PATH -> its name, image size S, a function that gives images (n, S, S, 3) uint8."""
     path = Path(path).resolve()
@@ -165,7 +169,7 @@ def open_samples(path, args, options, device):
         name = path.name
     else:
         name = path.parent.name if path.name in ("samples.npz", "ckpt.pt") else path.stem
-    if path.suffix == ".pt" or (path / "config.json").is_file():
+    if is_checkpoint(path):
         model, size, _ = load_model(path, args, device)
         n = args.n or 50_000
         return name, size, lambda: sample_uint8(model, size, n, args, options, device, 0, 1)
@@ -186,13 +190,12 @@ def read_folder(path, root):
 
 def read_npz(path):
     try:
-        with np.load(path) as f:
-            images = f["images"]
-        square = images.shape[1:] == (images.shape[1], images.shape[1], 3)
+        (images,) = outputs.read_arrays(path, "images")
+        square = images.ndim == 4 and images.shape[1:] == (images.shape[1], images.shape[1], 3)
         if images.dtype != np.uint8 or not len(images) or not square:
             raise ValueError(f"`images` is {images.dtype} {images.shape}")
         return images
-    except (LookupError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
+    except ValueError as e:
         raise ValueError(
             f"--samples {path}: need a folder of images, a checkpoint .pt, or an .npz with uint8 "
             f"`images` of shape (n, S, S, 3), n >= 1 ({str(e).splitlines()[0]})"
@@ -286,12 +289,17 @@ def parse():
     add("--data", required=True, metavar="NAME", help="training set: " + NAMES)
     add("--test", metavar="NAME", help="set of the null; default: --data's test split")
     add("--null", **yes, help="search the held-out images as well")
-    add("--image-size", type=int, metavar="S", help="of the training set and of checkpoints")
+    add(
+        "--image-size",
+        type=between(4, 4096, int),
+        metavar="S",
+        help="of the training set and of checkpoints",
+    )
     add("--features", default="dinov2", help="dinov2 | pixels | a checkpoint of classifier.py")
     add("--dino-hub", metavar="FOLDER", help="a clone of github.com/facebookresearch/dinov2")
     add("--dino-weights", metavar="PATH", help="a copy of dinov2_vitb14_pretrain.pth")
     add("--flips", **yes, help="search mirror images of the training set too")
-    add("--thresholds", type=float, nargs="+", default=[0.9, 0.94, 0.95, 0.99])
+    add("--thresholds", type=between(-1, 1), nargs="+", default=[0.9, 0.94, 0.95, 0.99])
     add("--batch-size", type=count, default=250, help="changes memory and speed, not the images")
     add("--n", type=count, help="images: of a checkpoint 50,000, else the first n of those there")
     add("--steps", type=int, help="default: ddpm 1000, ddim 100, heun 18")
@@ -299,6 +307,13 @@ def parse():
     args = parser.parse_args()
     if args.inception_weights:
         raise ValueError("--inception-weights: no Inception here; see --features")
+    runtime.refuse_repeats(args, "thresholds")
+    idle = runtime.idle_flags(parser)
+    idle(not args.null, "test", "with --no-null")
+    idle(args.features != "dinov2", "dino_hub dino_weights", "without --features dinov2")
+    of_checkpoints = " ".join(["sampler steps no_clip raw seed compile amp", *own_flags()])
+    unsampled = not any(is_checkpoint(Path(path)) for path in args.samples)
+    idle(unsampled, of_checkpoints, "without a checkpoint among --samples")
     if args.null and args.data.startswith("folder:") and args.test in (None, args.data):
         raise ValueError(
             f"--data {args.data}: give --test, other images for the null, or say --no-null"
@@ -348,9 +363,7 @@ def search(sets, train, network, key, args, device):
 def main():
     started = time.time()
     args, options = parse()
-    device, _, world = setup(args.device)
-    if world > 1:
-        raise ValueError("torchrun: this runs in one process; give it the samples.npz of sample.py")
+    device, _, _ = setup(args.device)
     out = outputs.claim(args.out)
     sets, train = load_sets(args, options, device)
     network, description, key = features_network(args, train)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from data import seed_at
 from losses import NoiseSchedule
+from outputs import read_cache
 
 # --------------------------------------------------------------------------------------------------
 # distances between sets of features
@@ -349,9 +350,9 @@ def reference_moments(network, network_key, images, cache, batch_size=250, devic
     pixel.
     """
     path = Path(cache) / f"moments-{images_key(network_key, images)}.npz"
-    if path.exists():
-        with np.load(path) as f:
-            return f["mu"], f["cov"]
+    found = read_cache(path, "mu", "cov")
+    if found:
+        return found
     mu, cov = moments(extract(network, images, batch_size, device, "reference")[0])
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_suffix(f".{os.getpid()}.tmp.npz")

@@ -1,11 +1,25 @@
-"""A script's output: a folder with one owner at a time, streams that nobody may be reading, tables,
-the colours of figures."""
+"""A script's output: a folder with one owner at a time, streams that nobody may be reading, records,
+tables, the colours of figures."""
 
 import contextlib
 import json
 import os
+import platform
+import shutil
+import subprocess
 import sys
+import time
+import zipfile
 from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.utils import save_image
+
+os.environ["MPLBACKEND"] = "Agg"  # before the import: a notebook's may not be installed here
+import matplotlib  # noqa: E402, F401, part of this file's interface
+import matplotlib.pyplot as plt  # noqa: E402, F401
 
 try:
     import fcntl
@@ -23,16 +37,15 @@ LOCKS = {}  # of this process: folder -> the open file that holds the lock
 def claim(out, overwrite=False):
     """Make the folder OUT this script's own until it ends -> its Path.
 
-    Raises ValueError for a folder that another script wrote, unless overwrite, and for one that a
-    running process writes.
+    Raises ValueError for a folder that another script wrote or that holds files of another origin,
+    unless overwrite, and for one that a running process writes.
     """
     out = Path(out)
     me = os.path.basename(sys.argv[0])
     if out.resolve() in LOCKS:
         return out
-    owner = owner_of(out)
-    if owner not in (None, me) and not overwrite:
-        raise ValueError(f"--out {out}: holds the output of {owner}; choose another --out")
+    if not overwrite:
+        refuse_foreign(out, me)
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / ".owner", "a+")
@@ -53,6 +66,15 @@ def claim(out, overwrite=False):
     file.flush()
     LOCKS[out.resolve()] = file
     return out
+
+
+def refuse_foreign(out, me):
+    """Raises ValueError for a folder in which the script `me` would write over what is not its own."""
+    owner = owner_of(out)
+    if owner not in (None, me):
+        raise ValueError(f"--out {out}: holds the output of {owner}; choose another --out")
+    if owner is None and out.is_dir() and any(path.is_file() for path in out.iterdir()):
+        raise ValueError(f"--out {out}: holds files of another origin; choose another --out")
 
 
 def owner_of(out):
@@ -83,14 +105,14 @@ class Unread:
         except UnicodeEncodeError:
             coding = self.stream.encoding
             return self.stream.write(text.encode(coding, "replace").decode(coding))
-        except (BrokenPipeError, ValueError):  # ValueError: a closed file
+        except (OSError, ValueError):  # a closed pipe, a full disk; ValueError: a closed file
             self.drop()
             return len(text)
 
     def flush(self):
         try:
             self.stream.flush()
-        except (BrokenPipeError, ValueError):
+        except (OSError, ValueError):
             self.drop()
 
     def drop(self):
@@ -115,6 +137,82 @@ def unread_streams():
         sys.stdout, sys.stderr = streams
 
 
+# --------------------------------------------------------------------------------------------------
+# records and tables
+
+
+def write_metrics(out, started, *, seed, device, n, **numbers):
+    """OUT/metrics.json: command, commit, seed, versions, device, n, wall time and the numbers.
+
+    started: time.time() at the start.
+    """
+    device = torch.device(device)
+    name = f"cpu ({torch.get_num_threads()} threads)"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+    record = dict(
+        command=" ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        commit=commit(),
+        seed=seed,
+        n=n,
+        wall_seconds=round(time.time() - started, 1),
+        versions=versions,
+        device=name,
+        **numbers,
+    )
+    path = Path(out) / "metrics.json"
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text(json.dumps(record, indent=2, default=float) + "\n")
+    os.replace(tmp, path)
+    return record
+
+
+def commit():
+    """Of this repository, as git describes it."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # no git on this machine
+        return "unknown"
+    return git.stdout.strip() or "unknown"
+
+
+def read_json(path):
+    """The object in a .json file; ValueError, which names the file, where there is none."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: not a whole JSON file ({str(e).splitlines()[0]})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds no object, but a {type(content).__name__}")
+    return content
+
+
+def read_arrays(path, *names):
+    """These arrays of an .npz file; ValueError, which names the file, for a damaged one."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # numpy does not compare all checksums
+            if archive.testzip():
+                raise EOFError("damaged")
+        with np.load(path) as f:
+            return [f[name] for name in names]
+    except Exception as e:  # each part of the file has its own ways to be damaged
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{path}: no .npz with {', '.join(names)} ({reason})") from None
+
+
+def read_cache(path, *names):
+    """As read_arrays; None where there is no such file, or a damaged one, which is announced."""
+    if not Path(path).exists():
+        return None
+    try:
+        return read_arrays(path, *names)
+    except ValueError as e:
+        print(f"{e}; computed anew")
+
+
 def write_table(path, rows):
     """A .csv file of rows, dicts; of a column that a row lacks, nothing."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -133,6 +231,48 @@ def cell(value):
     if isinstance(value, list):
         return str(len(value))
     return str(value)
+
+
+# --------------------------------------------------------------------------------------------------
+# samples
+
+
+def save_grid(x, path):
+    """The first 64 of x (n, 3, S, S) in [-1, 1] as a PNG, small images enlarged to be seen."""
+    scale = max(1, 64 // x.shape[-1])
+    x = (x[:64].clamp(-1, 1) + 1) / 2
+    save_image(x.repeat_interleave(scale, 2).repeat_interleave(scale, 3), path, nrow=8)
+
+
+def save_sample(images, x, out, png):
+    """OUT/samples.npz, grid.png and, if png, images/*.png of images (n, S, S, 3) uint8, x in [-1, 1].
+
+    Written beside the old ones and then moved over them, so that a
+    full disk costs no earlier sample. Of OUT/images only what an earlier call wrote is removed.
+    """
+    folder = out / "images"
+    new = out / "images.new"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    if png:
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(new / f"{i:06d}.png", compress_level=1)
+    with open(new / "samples.npz", "wb") as f:
+        np.savez_compressed(f, images=images)
+    save_grid(x, new / "grid.png")
+
+    folder.mkdir(exist_ok=True)
+    count = folder / ".count"  # how many of the images there are a sample's, at most
+    earlier = int(count.read_text()) if count.exists() else 0
+    count.write_text(str(max(earlier, len(images))))
+    for i in range(earlier):
+        (folder / f"{i:06d}.png").unlink(missing_ok=True)
+    for i in range(len(images) if png else 0):
+        os.replace(new / f"{i:06d}.png", folder / f"{i:06d}.png")
+    count.write_text(str(len(images) if png else 0))
+    for name in ("samples.npz", "grid.png"):
+        os.replace(new / name, out / name)
+    new.rmdir()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ import purify_figures
 import runtime
 import sample
 from classifier import load_classifier
-from images import NAMES, load_images
+from images import NAMES, load_images, refuse_other_classes
 from losses import NoiseSchedule, like
 from metrics import clopper_pearson
 from purification import NORMS, SAMPLERS, UNSEEN, PurifiedClassifier, correct, noises, pgd
@@ -157,12 +157,13 @@ def parse():
     )
     add("--t-star", type=int, help="t of the diffused image; default: 100, EDM sigma .5, GDMP 36")
     add("--nfe", type=int, help="steps back; default: t*, EDM 50")
-    add("--figures", type=int, default=0, metavar="N", help="figures.png, EoT up to N draws")
+    draws = between(0, kind=int)
+    add("--figures", type=draws, default=0, metavar="N", help="figures.png, EoT up to N draws")
     add("--variance", choices=variances, default="fixed-large", help="ddpm, gdmp: s_t^2 of Eq. 5")
     add("--no-clip", action="store_true", help="do not clip x^_0 to [-1, 1]")
     add("--raw", action="store_true", help="raw instead of EMA weights")
     add("--batch-size", **count, default=64, help="changes memory and speed, not the images")
-    add("--seed", type=int, default=0)
+    add("--seed", type=runtime.SEED, default=0)
     add("--eot-batch", **count, default=1, metavar="D", help="draws in one network call, batch x D")
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
@@ -172,10 +173,14 @@ def parse():
     runtime.refuse_repeats(args, "purifier", "knowledge", "norm")
     for name in args.knowledge:
         draws = name.removeprefix("semi-") if name.startswith("semi-") else ""
-        if name not in ("white", "fwd", "both") and not (draws.isdecimal() and int(draws)):
+        known = draws.isdecimal() and 0 < int(draws) < 10**6
+        if name not in ("white", "fwd", "both") and not known:
             raise ValueError(f"--knowledge {name}: need white, fwd, both or semi-N with N >= 1")
-    if args.figures < 0 or (args.figures and set(args.purifier) == {"none"}):
-        raise ValueError(f"--figures {args.figures}: needs N >= 1 and a purifier other than none")
+    idle = runtime.idle_flags(parser)
+    unpurified = "t_star nfe variance no_clip raw knowledge eot figures"
+    idle(set(args.purifier) == {"none"}, unpurified, "with --purifier none alone")
+    idle(not {"white", "fwd"} & set(args.knowledge), "eot", "without --knowledge white or fwd")
+    idle(not {"ddpm", "gdmp"} & set(args.purifier), "variance", "without --purifier ddpm or gdmp")
     options = dict(t_star=args.t_star, nfe=args.nfe, clip=not args.no_clip, variance=args.variance)
     for sampler in args.purifier:  # all refused before any is run
         PurifiedClassifier(nn.Identity(), NoiseSchedule(), nn.Identity(), sampler, **options)
@@ -211,6 +216,7 @@ def load_network(path, args, device):
 def load(args, device, world):
     """-> models {folder: (network, size, settings)}, the classifier, images {size: (x, y)}."""
     classifier = load_classifier(args.classifier, device, args.compile)
+    refuse_other_classes(f"--classifier {args.classifier}", classifier.classes, args.data)
     names = sample.folder_names(args.ckpt)
     models = {name: load_network(path, args, device) for name, path in zip(names, args.ckpt)}
     first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
@@ -243,7 +249,7 @@ def planned(args, names):
 def main():
     started = time.time()
     args, options = parse()
-    device, rank, world = where = runtime.setup(args.device)
+    device, rank, world = where = runtime.setup(args.device, parallel=True)
     if args.n < world:
         raise ValueError(f"--n {args.n}: fewer than the {world} processes")
     runtime.precision(device, args.amp)  # refuses what the device cannot do

@@ -1,16 +1,13 @@
 """The table and the figures of purify.py: P2's tables, accuracy by knowledge, Figs. 7 and 8."""
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import outputs
+from outputs import plt
 from purification import UNSEEN, gradient_of, image_draws, loss_of, noises, over_draws
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 COLOURS = outputs.COLOURS[1:]  # without black, which is the intervals'
 

@@ -234,7 +234,7 @@ def read_records(args):
             folder = Path(args.work) / name
             path = (folder if kind == "train" else folder / kind) / "metrics.json"
             if finished(path):
-                records[name, kind] = json.loads(path.read_text())
+                records[name, kind] = outputs.read_json(path)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     together = {" ".join(key): record for key, record in records.items()}
     (Path(args.out) / "records.json").write_text(json.dumps(together, indent=1) + "\n")
@@ -296,7 +296,7 @@ def other_sets(args):
         for method, fid in zip(("none", "adv", "late"), (*paper, None)):
             name = f"{method}-{data}"
             path = Path(args.work) / name / "ddpm/metrics.json"
-            record = json.loads(path.read_text()) if finished(path) else None
+            record = outputs.read_json(path) if finished(path) else None
             ours = (
                 [f"{record['FID']:.4g}", f"{record['noise_level']:.3f}"] if record else ["-", "-"]
             )

@@ -21,7 +21,6 @@ import json
 import time
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 
@@ -30,14 +29,11 @@ import outputs
 import runtime
 from compare import pictures, some_of
 from data import FOREIGN, CorruptedImages, load_images, to_float
-from outputs import METHOD_STYLE
+from outputs import METHOD_STYLE, plt
 from reproduce import ADV, CLEAN, DDPM, LATE, LATE_RAN, NOISY, RAN, SIZES, cell, shared
 from runner import add_arguments, check, run_all
 from runtime import setup
 from sample import features_network
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 METHODS = {
     "none": DDPM,
@@ -124,7 +120,7 @@ def read_records(todo, args):
     together, samples = {}, {}
     for done, _ in todo:
         *folders, _ = done.relative_to(args.work).parts
-        record = json.loads(done.read_text())
+        record = outputs.read_json(done)
         together[" ".join(folders)] = record
         if folders[-1] == "ddpm":
             samples[folders[0]] = record
@@ -133,8 +129,7 @@ def read_records(todo, args):
 
 
 def sampled(name, args):
-    with np.load(Path(args.work) / name / "ddpm/samples.npz") as f:
-        return f["images"]
+    return outputs.read_arrays(Path(args.work) / name / "ddpm/samples.npz", "images")[0]
 
 
 def judge(images, args):

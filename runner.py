@@ -4,7 +4,8 @@ A command whose result is there is skipped; a training that was stopped continue
 checkpoint. So after a kill, or after --minutes, the same line goes on.
 """
 
-import json
+import contextlib
+import ctypes
 import shlex
 import signal
 import subprocess
@@ -12,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from outputs import Failed
-from runtime import between
+from outputs import Failed, read_json, refuse_foreign
+from runtime import SEED, between, setup
 
 HERE = Path(__file__).resolve().parent
 
@@ -31,7 +32,7 @@ def add_arguments(parser, sizes):
     )
     add("--dry-run", action="store_true", help="print the commands and what is done")
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
-    add("--seed", type=between(0, kind=int), default=0)
+    add("--seed", type=SEED, default=0)
     add("--work", help="checkpoints and samples; default runs/SIZE")
 
 
@@ -55,9 +56,9 @@ def finished(done, argv=None):
     """
     if not done.exists():
         return False
-    record = json.loads(done.read_text()) if done.name == "metrics.json" else {}
+    record = read_json(done) if done.name == "metrics.json" else {}
     if argv and record:
-        found = record["command"].removesuffix(" --resume")
+        found = str(record.get("command")).removesuffix(" --resume")
         if found != "python " + " ".join(argv):
             raise ValueError(
                 f"{done}: is of `{found}`, not of these settings; choose another --work and --out"
@@ -74,7 +75,9 @@ def run(done, argv, deadline, first=True):
     """
     resumes = argv[0] == "train.py" and (done.parent / "ckpt.pt").exists()
     command = [sys.executable, str(HERE / argv[0]), *argv[1:]]
-    process = subprocess.Popen(command + ["--resume"] if resumes else command)
+    process = subprocess.Popen(
+        command + ["--resume"] if resumes else command, preexec_fn=end_with_parent
+    )
     try:
         code = process.wait(timeout=deadline and max(1.0, deadline - time.time()))
     except subprocess.TimeoutExpired:
@@ -97,17 +100,29 @@ def run(done, argv, deadline, first=True):
     return True
 
 
+def end_with_parent():
+    """So that a script that was started here does not outlive a kill of this one (on Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def run_all(todo, args):
     """Runs what is not done -> whether all is done; --dry-run prints it. Raises Failed, exit code 1,
-    when --minutes are over before that, so that `reproduce.py .. && next` does not go on."""
+    when --minutes are over before that, so that `reproduce.py .. && next` does not go on; ValueError
+    before the first command, where the folder of one holds something else."""
     if args.dry_run:
         for done, argv in todo:
             print(f"{'done ' if finished(done, argv) else '     '} python {shlex.join(argv)}")
         return False
+    setup(args.device)
+    for folder in filter(None, (args.work, args.out)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    for done, argv in todo:
+        if not finished(done, argv):
+            refuse_foreign(Path(argv[argv.index("--out") + 1]), argv[0])
     signal.signal(signal.SIGTERM, stop)
     deadline = args.minutes and time.time() + 60 * args.minutes
     first = True
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     for i, (done, argv) in enumerate(todo):
         if finished(done, argv):
             continue

@@ -10,36 +10,38 @@ import json
 import math
 import os
 import pickle
-import platform
 import re
 import resource
 import signal
-import subprocess
 import sys
 import time
 import zipfile
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 import outputs
-from outputs import METHOD_STYLE  # noqa: F401, part of this file's interface
+from outputs import METHOD_STYLE, write_metrics  # noqa: F401, part of this file's interface
 
 # --------------------------------------------------------------------------------------------------
 # device, precision, layout
 
 
-def setup(device):
-    """--device auto | cpu | cuda | cuda:N -> (device, rank, world); joins torchrun's process group."""
+def setup(device, parallel=False):
+    """--device auto | cpu | cuda | cuda:N -> (device, rank, world); joins torchrun's process group.
+
+    parallel: whether the script divides its work; one that does not is refused under torchrun.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d\d?)?", device):
         raise ValueError(f"--device {device}: need auto, cpu, cuda or cuda:N")
     device = torch.device(device)
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, _, world = whole("RANK", 0), whole("LOCAL_RANK", 0), whole("WORLD_SIZE", 1)
+    if rank >= world:
+        raise ValueError(f"RANK={rank} WORLD_SIZE={world}: in the environment, but not of torchrun")
+    if world > 1 and not parallel:
+        raise ValueError("torchrun: this script runs in one process; start it with python")
     if device.index is not None and world > 1:
         raise ValueError(
             f"--device {device}: under torchrun each process takes its own GPU; write --device cuda"
@@ -51,6 +53,14 @@ def setup(device):
         long = datetime.timedelta(hours=12)  # one may decode a large set while the others wait
         dist.init_process_group(backend, timeout=long)
     return device, rank, world
+
+
+def whole(name, default):
+    """A whole number of the environment."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ValueError(f"{name}={text}: in the environment, but no whole number")
+    return int(text)
 
 
 def pick_gpu(device):
@@ -180,8 +190,13 @@ def refuse(parser, message):
     parser.exit(2, f"{parser.prog}: {message}; see --help\n")
 
 
-def between(low, high=math.inf, kind=float, above=False, below=False):
-    """A type for argparse: a finite number in [low, high]; above, below: without the end itself."""
+def between(low, high=None, kind=float, above=False, below=False):
+    """A type for argparse: a finite number in [low, high]; above, below: without the end itself.
+
+    high: by default none for a float, a million for a count, above which it is a slip.
+    """
+    if high is None:
+        high = math.inf if kind is float else 10**6
     left, right = "(" if above else "[", ")" if below or high == math.inf else "]"
 
     def parse(text):
@@ -196,6 +211,9 @@ def between(low, high=math.inf, kind=float, above=False, below=False):
     return parse
 
 
+SEED = between(0, 2**32, kind=int)
+
+
 def flag(name):
     """reg_last -> --reg-last"""
     return "--" + name.lower().replace("_", "-")
@@ -208,6 +226,18 @@ def refuse_repeats(args, *names):
         twice = max(values, key=values.count)
         if values.count(twice) > 1:
             raise ValueError(f"{flag(name)}: {twice} is given twice")
+
+
+def idle_flags(parser):
+    """-> idle(where, names, how), which refuses those of the names that the user typed, if `where`."""
+    given = given_flags(parser)
+
+    def idle(where, names, how):
+        found = sorted(given & set(names.split()))
+        if where and found:
+            raise ValueError(f"{flag(found[0])}: has no effect {how}")
+
+    return idle
 
 
 def given_flags(parser, argv=None):
@@ -329,9 +359,11 @@ def save_checkpoint(path, ckpt):
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as e:
         if os.path.exists(tmp):
             os.remove(tmp)
+        if isinstance(e.__context__, OSError):  # torch hides a full disk behind its own error
+            e = e.__context__
         reason = str(e).splitlines()[0]
         raise outputs.Failed(
             f"{path}: could not save the checkpoint ({reason}); the previous one is intact"
@@ -359,41 +391,3 @@ def load_checkpoint(path):
     if not isinstance(ckpt, dict):
         raise ValueError(f"{path}: not a checkpoint (holds a {type(ckpt).__name__}, not a dict)")
     return ckpt
-
-
-def write_metrics(out, started, *, seed, device, n, **numbers):
-    """OUT/metrics.json: command, commit, seed, versions, device, n, wall time and the numbers.
-
-    started: time.time() at the start.
-    """
-    device = torch.device(device)
-    name = f"cpu ({torch.get_num_threads()} threads)"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
-    record = dict(
-        command=" ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-        commit=commit(),
-        seed=seed,
-        n=n,
-        wall_seconds=round(time.time() - started, 1),
-        versions=versions,
-        device=name,
-        **numbers,
-    )
-    path = Path(out) / "metrics.json"
-    tmp = path.with_suffix(".tmp")
-    tmp.write_text(json.dumps(record, indent=2, default=float) + "\n")
-    os.replace(tmp, path)
-    return record
-
-
-def commit():
-    """Of this repository, as git describes it."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=10"]
-    try:
-        git = subprocess.run(command, capture_output=True, text=True)
-    except OSError:  # no git on this machine
-        return "unknown"
-    return git.stdout.strip() or "unknown"

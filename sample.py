@@ -11,15 +11,12 @@ processes. Several samples at once: compare.py. The samplers themselves: sampler
 
 import argparse
 import os
-import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 import metrics
@@ -29,12 +26,15 @@ import weights
 from classifier import load_features
 from data import image_noise, load_images, to_float
 from losses import NoiseSchedule
-from runtime import autocast, flag, layout, load_checkpoint, precision, setup
+from runtime import SEED, autocast, between, flag, layout, load_checkpoint, precision, setup
 from samplers import SAMPLERS, ddim_sample, ddpm_sample, heun_sample, own_flags  # noqa: F401
 from unet import UNet
 
 # --------------------------------------------------------------------------------------------------
 # flags
+
+
+UNSCORED = "features inception_weights"  # flags that --fid alone reads
 
 
 def add_arguments(parser):
@@ -50,9 +50,11 @@ def add_arguments(parser):
         )
     add("--no-clip", action="store_true", help="do not clip x^_0 to [-1, 1]")
     add("--raw", action="store_true", help="raw instead of EMA weights")
-    add("--image-size", type=int, help="default: the size the checkpoint was trained at")
-    add("--batch-size", type=int, default=250, help="changes memory and speed, not the images")
-    add("--seed", type=int, default=0)
+    size = between(4, 4096, int)
+    count = between(1, kind=int)
+    add("--image-size", type=size, help="default: the size the checkpoint was trained at")
+    add("--batch-size", type=count, default=250, help="changes memory and speed, not the images")
+    add("--seed", type=SEED, default=0)
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
@@ -105,12 +107,17 @@ def generate(model, schedule, index, shape, seed, device, sampler="ddpm", **opti
     return function(model, schedule, noise(0), noise=lambda i: noise(i + 1), **options)
 
 
+def checkpoint_in(path):
+    """PATH/ckpt.pt of a folder of train.py, else PATH."""
+    inside = Path(path, "ckpt.pt")
+    return inside if inside.is_file() else path
+
+
 def load_model(path, args, device):
     """(model ready to sample, image size, training settings) of a checkpoint or a folder of
     train.py or of diffusers.
     """
-    if Path(path, "ckpt.pt").is_file():
-        path = Path(path, "ckpt.pt")
+    path = checkpoint_in(path)
     if os.path.isdir(path):
         net, size, trained = UNet.from_diffusers(path), weights.sample_size(path), {}
     else:
@@ -121,14 +128,16 @@ def load_model(path, args, device):
             raise ValueError(f"{path}: {e}") from None
         size = ckpt.get("image_size")
         trained = ckpt.get("args")
-        if not (isinstance(size, int) and 4 <= size <= 4096 and isinstance(trained, dict)):
-            raise ValueError(f"{path}: image_size {size!r} or its args are not those of train.py")
+    if not (isinstance(size, int) and 4 <= size <= 4096 and isinstance(trained, dict)):
+        raise ValueError(f"{path}: its image size {size!r} or its args are not those of train.py")
+    size = args.image_size or size
+    net.refuse_size(size, size)
     dtype = precision(torch.device(device), args.amp)
     net = net.to(device, memory_format=layout(device, args.amp)).eval().cast(dtype)
     on_gpu = torch.device(device).type == "cuda"
     if args.compile or (args.compile is None and on_gpu):
         net = torch.compile(net, mode="reduce-overhead" if on_gpu else None)  # CUDA graphs
-    return net, args.image_size or size, trained
+    return net, size, trained
 
 
 def folder_name(path):
@@ -193,46 +202,6 @@ def sample_uint8(model, size, n, args, options, device, rank, world):
     if world > 1:  # every row is written by one process; the others hold zeros
         dist.all_reduce(torch.from_numpy(images))  # in place
     return images
-
-
-def save_grid(x, path):
-    """The first 64 of x (n, 3, S, S) in [-1, 1] as a PNG, small images enlarged to be seen."""
-    scale = max(1, 64 // x.shape[-1])
-    x = (x[:64].clamp(-1, 1) + 1) / 2
-    save_image(x.repeat_interleave(scale, 2).repeat_interleave(scale, 3), path, nrow=8)
-
-
-def save_sample(images, out, png):
-    """OUT/samples.npz, grid.png and, if png, images/*.png of images (n, S, S, 3) uint8.
-
-    -> x (n, 3, S, S) in [-1, 1]. Written beside the old ones and then moved over them, so that a
-    full disk costs no earlier sample. Of OUT/images only what an earlier call wrote is removed.
-    """
-    folder = out / "images"
-    new = out / "images.new"
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    if png:
-        for i, image in enumerate(images):
-            Image.fromarray(image).save(new / f"{i:06d}.png", compress_level=1)
-    with open(new / "samples.npz", "wb") as f:
-        np.savez_compressed(f, images=images)
-    x = to_float(torch.from_numpy(images))
-    save_grid(x, new / "grid.png")
-
-    folder.mkdir(exist_ok=True)
-    count = folder / ".count"  # how many of the images there are a sample's, at most
-    earlier = int(count.read_text()) if count.exists() else 0
-    count.write_text(str(max(earlier, len(images))))
-    for i in range(earlier):
-        (folder / f"{i:06d}.png").unlink(missing_ok=True)
-    for i in range(len(images) if png else 0):
-        os.replace(new / f"{i:06d}.png", folder / f"{i:06d}.png")
-    count.write_text(str(len(images) if png else 0))
-    for name in ("samples.npz", "grid.png"):
-        os.replace(new / name, out / name)
-    new.rmdir()
-    return x
 
 
 # --------------------------------------------------------------------------------------------------
@@ -312,16 +281,12 @@ def sample_and_score(runs, args):
     -> {folder: (the first 64 images in [-1, 1], numbers, training settings)}; under torchrun on the
     first process alone.
     """
-    if not (1 <= args.n <= 10_000_000 and 1 <= args.batch_size <= 100_000):
-        raise ValueError(
-            f"--n {args.n} --batch-size {args.batch_size}: need 1..10,000,000 and 1..100,000"
-        )
-    if args.image_size is not None and not 4 <= args.image_size <= 4096:
-        raise ValueError(f"--image-size {args.image_size}: must lie in 4..4096")
+    if args.fid and args.n < 2:
+        raise ValueError(f"--n {args.n}: --fid needs 2 images, a covariance")
     options = {}
     for out, (_, steps, spacing) in runs.items():
         options[out] = sampler_options(args, steps, spacing)
-    device, rank, world = setup(args.device)
+    device, rank, world = setup(args.device, parallel=True)
     models = {}
     for path, _, _ in runs.values():
         if path not in models:
@@ -339,7 +304,8 @@ def sample_and_score(runs, args):
         model, size, trained = models[path]
         images = sample_uint8(model, size, args.n, args, options[out], device, rank, world)
         if rank == 0:
-            x = save_sample(images, Path(out), args.png)
+            x = to_float(torch.from_numpy(images))
+            outputs.save_sample(images, x, Path(out), args.png)
             numbers = metrics.image_statistics(x)
             settings = dict(ckpt=path, sampler=args.sampler, **options[out])
             if len(images) < args.n:
@@ -369,7 +335,8 @@ def main():
     add(
         "--ckpt", required=True, help="a checkpoint or folder of train.py, or a folder of diffusers"
     )
-    add("--n", type=int, default=10_000, help="images; FID below 10,000 is biased upwards")
+    count = between(1, kind=int)
+    add("--n", type=count, default=10_000, help="images; FID below 10,000 is biased upwards")
     add("--steps", type=int, help="default: ddpm 1000, ddim 100, heun 18 (noise levels)")
     add("--spacing", default="respaced", help="fewer ddpm steps: respaced | naive | truncated")
     add("--out", default="samples")
@@ -387,7 +354,10 @@ def main():
             f"{' '.join(rest)}: not understood; for several --ckpt, --steps or "
             "--spacing use compare.py"
         )
+    idle = runtime.idle_flags(parser)
+    idle(not args.fid, f"data {UNSCORED}", "without --fid")
     if args.export:
+        outputs.claim(args.export)
         args.amp, args.compile = "fp32", False
         net, size, _ = load_model(args.ckpt, args, "cpu")
         net.to_diffusers(args.export, size)

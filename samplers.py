@@ -207,8 +207,8 @@ def heun_follow(
     (default T - 1). S_churn > 0 adds noise within [S_min, S_max]; all levels are rounded to the
     schedule's (ours).
     """
-    if not S_churn >= 0:
-        raise ValueError(f"--s-churn {S_churn}: must be at least 0")
+    if not 0 <= S_churn < float("inf"):
+        raise ValueError(f"--s-churn {S_churn}: must be finite and at least 0")
     abars = schedule.alphas_bar.to(x_T.device)
     scales = abars.sqrt().to(x_T.dtype)
     table = np.array(schedule.sigmas)

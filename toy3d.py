@@ -17,7 +17,6 @@ import argparse
 import math
 import time
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,11 +26,9 @@ from tqdm import tqdm
 import outputs
 import toy3d_data as toy
 from losses import NoiseSchedule, ddpm_loss, perturbation_radius, robust_loss
-from runtime import METHOD_STYLE, between, cli, setup, write_metrics
+from outputs import matplotlib, plt
+from runtime import METHOD_STYLE, between, cli, idle_flags, setup, write_metrics
 from samplers import ddim_sample, ddpm_sample
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 METHODS = {
     "none": None,
@@ -300,8 +297,8 @@ def experiment(args, out, schedule):
             results[key] = toy.over_seeds(runs)
             samples[key] = x[first]
             print(line_of(key, results[key]), flush=True)
-    arrays = {k: x.float().numpy() for k, x in samples.items() if not k.endswith("/truth")}
-    np.savez(out / "samples.npz", **arrays)
+        arrays = {k: x.float().numpy() for k, x in samples.items() if not k.endswith("/truth")}
+        np.savez(out / "samples.npz", **arrays)  # after each: Ctrl-C keeps those before
     data = {}
     for name, noise, _ in jobs[:: args.seeds]:
         generator = torch.Generator().manual_seed(args.seed)
@@ -358,7 +355,11 @@ def add_arguments(parser):
     add("--out", default="out/toy3d")
 
 
-def check(args):
+def check(args, idle):
+    """Fills in and refuses; idle: of idle_flags."""
+    idle(args.noises and args.seeds, "full", "with --noises and --seeds")
+    idle(args.methods == "none", "lam omega reg_last reg_share", "with --methods none")
+    idle(args.noises == "clean", "share", "with --noises clean")
     args.noises = args.noises or (",".join(toy.NOISES) if args.full else "outliers")
     args.seeds = args.seeds or (3 if args.full else 1)
     for key, known in (("sets", toy.CENTRES), ("noises", toy.NOISES), ("methods", METHODS)):
@@ -370,10 +371,10 @@ def check(args):
     args.device = setup(args.device)[0]
 
 
-def run(args, function):
+def run(args, idle, function):
     """Writes function(args, out, schedule) -> numbers to --out/metrics.json."""
     started = time.time()
-    check(args)
+    check(args, idle)
     out = outputs.claim(args.out)
     numbers = function(args, out, NoiseSchedule().to(args.device))
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "device", "seed", "n")}
@@ -386,7 +387,7 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add_arguments(parser)
-    run(parser.parse_args(), experiment)
+    run(parser.parse_args(), idle_flags(parser), experiment)
 
 
 if __name__ == "__main__":

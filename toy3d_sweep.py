@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 import toy3d_data as toy
-from runtime import METHOD_STYLE, cli
+from runtime import METHOD_STYLE, cli, idle_flags
 from toy3d import add_arguments, grid, jobs_of, run, sample, save, train
 
 KNOBS = {
@@ -198,7 +198,10 @@ def main():
     parser.set_defaults(methods="none,ran,adv", out="out/toy3d_sweep")
     parser.add_argument("--by-t", action="store_true", help="the networks at each t instead")
     args = parser.parse_args()
-    run(args, smoothness if args.by_t else sweep)
+    idle = idle_flags(parser)
+    idle(args.by_t, "n sample_steps", "with --by-t")
+    idle(not args.by_t, "noises", "without --by-t")
+    run(args, idle, smoothness if args.by_t else sweep)
 
 
 if __name__ == "__main__":

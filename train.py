@@ -105,7 +105,7 @@ def parse_args(argv=None):
     below_1 = between(0, 1, below=True)
     positive = between(0, above=True)
     number = between(0)
-    count = between(1, kind=int)
+    count = between(1, 10**8, int)
     steps = between(0, kind=int)
     on_off = argparse.BooleanOptionalAction
     guides = ["classifier", "mse", "none"]
@@ -289,7 +289,7 @@ def train_step(state, args, step, batches, classifier=None):
 def main():
     args = parse_args()
     started = time.time()
-    device, rank, world = setup(args.device)
+    device, rank, world = setup(args.device, parallel=True)
     path = Path(args.out) / "ckpt.pt"
     ckpt = training.resume(args, path, change) if args.resume else None
     args.amp = runtime.amp_name(device, args.amp)  # a resumed run computes as it began

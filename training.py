@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib
 import torch
 import torch.distributed as dist
 
@@ -14,12 +13,11 @@ import outputs
 import runtime
 from classifier import load_classifier
 from data import CORRUPTIONS, CorruptedImages, load_images
+from images import NATIVE_SIZE, refuse_other_classes
+from outputs import plt
 from runtime import flag, layout, load_checkpoint, precision, read_log, save_checkpoint
-from sample import generate, save_grid
+from sample import checkpoint_in, generate
 from unet import PRESETS, UNet
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 # --------------------------------------------------------------------------------------------------
 # the network and the data
@@ -34,8 +32,8 @@ def build(args):
     net = UNet(**config)
     args.dropout = net.config["dropout"]
     if args.init:
-        folder = os.path.isdir(args.init)
-        source = UNet.from_diffusers(args.init) if folder else UNet.load(args.init)
+        path = checkpoint_in(args.init)
+        source = UNet.from_diffusers(path) if os.path.isdir(path) else UNet.load(path)
         for name, value in net.config.items():
             if source.config[name] != value and name != "dropout":
                 raise ValueError(
@@ -51,6 +49,10 @@ def load_data(args, net, classifier, ckpt, device, world):
     local = int(os.environ.get("LOCAL_RANK", 0))
     if world > 1 and local > 0:
         dist.barrier()  # one process of each machine decodes the images first
+    size = args.image_size or NATIVE_SIZE.get(args.data, 0)
+    net.refuse_size(size, size)  # before any decoding
+    if classifier:
+        refuse_other_classes(f"--classifier {args.classifier}", classifier.classes, args.data)
     images, labels = load_images(
         args.data, args.image_size, root=args.data_root, labels_needed=classifier is not None
     )
@@ -75,10 +77,7 @@ def load_data(args, net, classifier, ckpt, device, world):
     if args.batch_size > len(data):
         held = f"--data {args.data} with its {len(data)} images"
         raise ValueError(f"--batch-size {args.batch_size}: larger than {held}")
-    if data.shape[1] % net.factor:
-        raise ValueError(
-            f"--image-size {data.shape[1]}: --model {args.model} needs a multiple of {net.factor}"
-        )
+    net.refuse_size(*data.shape[1:])
     return data
 
 
@@ -92,7 +91,7 @@ def prepare_run(args, ckpt, device, rank, world):
     net = build(args)
     classifier = load_classifier(args.classifier, device, args.compile) if args.classifier else None
     if rank == 0:
-        outputs.claim(out, args.overwrite)
+        outputs.claim(out, args.overwrite or args.resume)
     data = load_data(args, net, classifier, ckpt, device, world)
     sigma_y = judge(args, data, ckpt, device, world)
     net = net.to(device, memory_format=layout(device, args.amp)).train()
@@ -288,7 +287,7 @@ def grid(step, state, args, run):
         x0 = generate(
             net, state.schedule, range(64), run.data.shape, args.seed, run.device, "ddim", steps=50
         )
-    save_grid(x0, run.out / f"grid{step:07d}.png")
+    outputs.save_grid(x0, run.out / f"grid{step:07d}.png")
     (run.out / "grid.png").write_bytes((run.out / f"grid{step:07d}.png").read_bytes())
 
 

@@ -242,11 +242,14 @@ class UNet(nn.Module):
         bias = torch.cat([res.emb.bias for res in blocks])
         return iter(F.linear(emb, weight, bias).split([len(res.emb.bias) for res in blocks], dim=1))
 
-    def forward(self, x, t):
-        if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
+    def refuse_size(self, height, width):
+        if height % self.factor or width % self.factor:
             raise ValueError(
-                f"image size {x.shape[-2]}x{x.shape[-1]} does not divide by {self.factor}, as this network needs"
+                f"image size {height}x{width} does not divide by {self.factor}, as this network needs"
             )
+
+    def forward(self, x, t):
+        self.refuse_size(*x.shape[-2:])
         x = x.contiguous(memory_format=layout_of(self.conv_in.weight))
         emb = timestep_embedding(t, self.time[0].in_features).to(self.time[0].weight.dtype)
         shifts = self.shifts(F.silu(self.time(emb)))
@@ -296,15 +299,17 @@ class UNet(nn.Module):
 
         Raises ValueError for a model outside the family of google/ddpm-cifar10-32.
         """
+        name = "state dict" if isinstance(source, dict) else source
         state = source if isinstance(source, dict) else weights.read_diffusers(source)
         try:
             config, state = weights.from_diffusers(state)
-            net = cls(**config, dropout=dropout)
-            net.load_state_dict(state)
-        except (ValueError, KeyError, RuntimeError) as e:
-            reason = str(e).splitlines()[0]
-            raise ValueError(f"not a UNet2DModel of the ddpm-cifar10-32 family: {reason}") from None
-        return net.eval()
+            ckpt = dict(config=config | dict(dropout=dropout), model=state)
+            return weights.fitted(cls, ckpt, "model", "file").eval()
+        except Exception as e:  # whatever may stand in another's file
+            reason = (str(e) or type(e).__name__).splitlines()[0]
+            raise ValueError(
+                f"{name}: not a UNet2DModel of the ddpm-cifar10-32 family ({reason})"
+            ) from None
 
     def to_diffusers(self, folder, image_size=32):
         """Write a folder that diffusers' DDPMPipeline.from_pretrained opens; the inverse of

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from outputs import read_json
 from runtime import load_checkpoint
 
 NAMES = [  # diffusers', as a pattern; here
@@ -60,6 +61,7 @@ FIXED = dict(  # key: (what UNet computes, diffusers' default where a file leave
     center_input_sample=(False, False),
     resnet_time_scale_shift=("default", "default"),
     time_embedding_type=("positional", "positional"),
+    attn_norm_num_groups=(None, None),
 )
 SCHEDULER = dict(  # of losses.NoiseSchedule, and of samplers.ddpm_sample's defaults
     _class_name="DDPMScheduler",
@@ -132,7 +134,7 @@ def renamed(key, names):
 
 def from_diffusers(state):
     """A state dict of UNet2DModel -> (config of a UNet, its state dict)."""
-    state = {renamed(key, NAMES): value for key, value in state.items()}
+    state = {renamed(key, NAMES): value.float() for key, value in state.items()}
     for key in [key for key in state if key.endswith(".attn_q.weight")]:
         prefix = key[: -len("attn_q.weight")]
         for part in ("weight", "bias"):
@@ -162,19 +164,15 @@ def read_config(folder):
         folder = folder / "unet"
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json, so not a diffusers model folder")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except ValueError as e:
-        raise ValueError(f"{folder}/config.json: {str(e).splitlines()[0]}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder}/config.json: holds no object")
-    return folder, config
+    return folder, read_json(folder / "config.json")
 
 
 def sample_size(folder):
     """The image size of a UNet2DModel's folder; 32 where the file leaves it out."""
-    size = read_config(folder)[1].get("sample_size") or 32
-    return size if isinstance(size, int) else size[0]
+    size = read_config(folder)[1].get("sample_size")
+    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
+        size = size[0]
+    return 32 if size is None else size
 
 
 def read_diffusers(folder):

@@ -28,6 +28,7 @@ SLOW = """
     test_an_attack_compiles_no_graph_for_a_short_batch
     test_an_objective_a_corruption_and_a_sampler_are_one_row_each
     test_command
+    test_compile_without_a_compiler
     test_compiled_attack_and_loss_equal_eager
     test_compiles_without_a_break
     test_compiling_changes_no_result
@@ -36,6 +37,8 @@ SLOW = """
     test_dinov2_from_a_local_clone
     test_first_phase_is_plain_ddpm
     test_full_disk_keeps_the_previous_checkpoint
+    test_the_figures_of_a_notebook
+    test_commands_of_the_readme_write_where_they_say
     test_growing_iters_past_the_change_is_refused
     test_half_written_log_line_does_not_stop_a_resume
     test_image_i_depends_on_seed_and_i_alone

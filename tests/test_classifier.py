@@ -95,12 +95,12 @@ def test_frechet_distance_of_samples_in_its_features(trained, tmp_path):
         "--device",
         "cpu",
         "--out",
-        tmp_path,
+        tmp_path / "sample",
         "--data-root",
         tmp_path,
         "--no-png",
     )
-    record = json.loads((tmp_path / "metrics.json").read_text())
+    record = json.loads((tmp_path / "sample" / "metrics.json").read_text())
     assert record["Fréchet distance in classifier.pt features"] > 1 and record["n_reference"] == 400
     assert "FID" not in record  # it is not one
 

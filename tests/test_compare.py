@@ -15,6 +15,7 @@ import torch.distributed as dist
 from cli import call
 
 import compare
+import outputs
 import sample
 from runtime import save_checkpoint
 from unet import PRESETS, UNet
@@ -142,7 +143,7 @@ def test_tables_hold_the_numbers_of_the_records(compared):
             assert cell == " / ".join(f"{r[k]:.4g}" for k in ("noise_level", "FID", "IS", "recall"))
             row = dict(zip(columns, table.pop(f"{name}-{steps}-{spacing}").split(",")))
             assert float(row.pop("from_clean")) > 0
-            assert row == {k: f"{r[k]:.4f}" for k in row}
+            assert row == {k: outputs.cell(r[k]) for k in row}
     assert len({cell for row in rows for cell in row[2:]}) == 12  # no two samples alike
     clean, noisy = (
         float(table.pop(k).split(",")[0]) for k in ("clean training images", "as trained on")

@@ -562,12 +562,14 @@ def test_files_left_out_are_counted(tmp_path, capsys):
     assert "1 other files are left out (.gif)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "shape", "dtype", "labels", "no labels"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "empty", "shape", "dtype", "zeros", "labels", "no labels"]
+)
 def test_a_damaged_cache_is_decoded_anew(damage, tmp_path, capsys):
     picture = Image.fromarray(pixels(1)[0])
     first = save_and_load(tmp_path, picture)
-    (path,) = [p for p in (tmp_path / "cache").glob("*.npy") if "labels" not in p.name]
-    labels = path.with_suffix(".labels.npy")
+    (path,) = (tmp_path / "cache").glob("*.npy")
+    labels = path.with_suffix(".labels.npz")
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-5])
     if damage == "empty":
@@ -576,8 +578,10 @@ def test_a_damaged_cache_is_decoded_anew(damage, tmp_path, capsys):
         np.save(path, np.zeros((2, 8, 8, 3), np.uint8))
     if damage == "dtype":
         np.save(path, np.zeros((1, 8, 8, 3), np.float32))
+    if damage == "zeros":
+        np.save(path, np.zeros((1, 8, 8, 3), np.uint8))
     if damage == "labels":
-        np.save(labels, np.zeros(3, np.int64))
+        np.savez(labels, labels=np.zeros(3, np.int64), check=0)
     if damage == "no labels":
         labels.unlink()
     again, _ = load_images(f"folder:{tmp_path / 'folder'}", root=tmp_path)

@@ -156,7 +156,8 @@ def test_planted_copies_are_found_and_ranked(run, root, tmp_path):
     for name in ("histogram.png", "pairs.png"):
         assert np.asarray(Image.open(tmp_path / name)).std() > 10
 
-    _, found = run("--samples copies.npz --features pixels --no-flips --no-null")
+    unsearched = "--data folder:train --data-root ."
+    _, found = run("--samples copies.npz --features pixels --no-flips --no-null", unsearched)
     assert found["copies/similarity"][1] < 0.6 and found["copies/similarity"][0] == pytest.approx(
         1, abs=1e-6
     )
