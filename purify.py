@@ -9,7 +9,7 @@ The second is for Fig. 2 and Tables 2 and 9, the third for a laptop. P2 = "Under
 Enhancing the Robustness of Diffusion-Based Purification". The claim: purification is robust because
 its noise is unknown, not because it removes the perturbation: an attacker who knows all the noise
 (DW_Both) breaks it; and ADDT (`train.py --robust addt`) makes it more robust, known noise or not.
-The purifiers, the attack and what it may know: purification.py.
+The purifiers: purification.py; the attack and what it may know: purify_attack.py.
 
 One purification with noise that the attack has not seen (except as stated there) decides.
 --evaluations M > 1 also lets M purifications choose between the image and the attacked image, as
@@ -42,7 +42,8 @@ from classifier import load_classifier
 from images import NAMES, load_images
 from losses import NoiseSchedule, like
 from metrics import clopper_pearson
-from purification import NORMS, SAMPLERS, UNSEEN, PurifiedClassifier, correct, noises, pgd
+from purification import SAMPLERS, PurifiedClassifier
+from purify_attack import NORMS, UNSEEN, correct, noises, pgd
 from runtime import between
 
 # --------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import outputs
-from purification import UNSEEN, gradient_of, image_draws, loss_of, noises, over_draws
+from purification import image_draws
+from purify_attack import UNSEEN, gradient_of, loss_of, noises, over_draws
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

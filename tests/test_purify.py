@@ -14,18 +14,12 @@ from torch import nn
 
 import purification
 import purify
+import purify_attack
 from classifier import WideResNet
 from data import image_noise
 from losses import NoiseSchedule
-from purification import (
-    PurifiedClassifier,
-    following,
-    gradient_of,
-    image_draws,
-    loss_of,
-    over_draws,
-    purification_timesteps,
-)
+from purification import PurifiedClassifier, following, image_draws, purification_timesteps
+from purify_attack import gradient_of, loss_of, over_draws
 from runtime import save_checkpoint
 from samplers import ddpm_sample, heun_sample
 from unet import UNet
@@ -296,7 +290,7 @@ def test_what_the_attack_knows():
     def values(knowledge, k, **kw):
         return [
             noise(1, images()).double()
-            for noise in purification.noises(knowledge, 0, INDEX, k, **kw)
+            for noise in purify_attack.noises(knowledge, 0, INDEX, k, **kw)
         ]
 
     evaluation = image_draws(0, INDEX)(1, images())
@@ -313,7 +307,7 @@ def test_what_the_attack_knows():
         fresh = [v for k in range(3) for v in values(knowledge, k, eot=2)] + [evaluation]
         assert len({v.sum().item() for v in fresh}) == 7
     assert torch.equal(
-        *(purification.noises(k, 0, INDEX, 1)[0](0, images()) for k in ("fwd", "both"))
+        *(purify_attack.noises(k, 0, INDEX, 1)[0](0, images()) for k in ("fwd", "both"))
     )
 
 
@@ -343,7 +337,7 @@ def test_pgd_on_a_linear_classifier():
     x[0, 0, 0, :3], x[1, 1, 1, :3] = 0.0, 1.0
     w = (classifier[1].weight[1] - classifier[1].weight[0]).view(3, 6, 6).detach()
     way = torch.stack([w, -w, w])
-    x_adv, checks = purification.pgd(net, x, y, lambda k: [None], "linf", steps=5)
+    x_adv, checks = purify_attack.pgd(net, x, y, lambda k: [None], "linf", steps=5)
     torch.testing.assert_close(x_adv, (x + 8 / 255 * way.sign()).clamp(0, 1))
     assert (
         not checks["outside"].any()
@@ -352,27 +346,27 @@ def test_pgd_on_a_linear_classifier():
         and not checks["nonfinite"].any()
     )
     x = images() * 0.2 + 0.4  # away from the box
-    x_adv, checks = purification.pgd(net, x, y, lambda k: [None], "l2", steps=7)
+    x_adv, checks = purify_attack.pgd(net, x, y, lambda k: [None], "l2", steps=7)
     torch.testing.assert_close(x_adv, x + 0.5 * way / w.norm())
     assert not checks["outside"].any() and checks["rises"].all()
-    few, _ = purification.pgd(net, x, y, lambda k: [None], "l2", steps=3)
+    few, _ = purify_attack.pgd(net, x, y, lambda k: [None], "l2", steps=3)
     torch.testing.assert_close(few, x + 0.3 * way / w.norm())
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_pgd_keeps_to_the_ball_and_the_box(norm):
     x = images().round()  # on the border of the box
-    x_adv, checks = purification.pgd(
+    x_adv, checks = purify_attack.pgd(
         purifier(),
         x,
         INDEX % 2,
-        lambda k: purification.noises("white", 0, INDEX, k, 2),
+        lambda k: purify_attack.noises("white", 0, INDEX, k, 2),
         norm,
         steps=8,
     )
     size = (x_adv - x).flatten(1).norm(dim=1, p=math.inf if norm == "linf" else 2)
     assert x_adv.min() >= 0 and x_adv.max() <= 1 and (size > 0.01).all()
-    assert (size <= purification.NORMS[norm][0] + 1e-9).all() and not checks["outside"].any()
+    assert (size <= purify_attack.NORMS[norm][0] + 1e-9).all() and not checks["outside"].any()
 
 
 def test_eot_averages_gradients():
@@ -387,13 +381,13 @@ def test_eot_averages_gradients():
 def test_batched_draws_are_the_draws(knowledge, eot_batch):
     """5 draws (of semi 4) in one larger batch, or in some: the loss, its gradient and the hits are those of single draws."""
     net, x, y = purifier("vp-sde-corrector"), images(), INDEX % 2
-    draws = purification.noises(knowledge, 0, INDEX, 1, 5)
+    draws = purify_attack.noises(knowledge, 0, INDEX, 1, 5)
     for quantity in (loss_of, gradient_of):
         one = over_draws(quantity, net, x, y, draws)
         many = over_draws(quantity, net, x, y, draws, eot_batch)
         torch.testing.assert_close(many, one, rtol=1e-9, atol=1e-12)
     hits = [
-        purification.correct(net, x, y, 0, INDEX, knowledge, range(4), b) for b in (1, eot_batch)
+        purify_attack.correct(net, x, y, 0, INDEX, knowledge, range(4), b) for b in (1, eot_batch)
     ]
     assert torch.equal(*hits)
 
@@ -437,7 +431,7 @@ def test_checks_report_what_goes_wrong():
     def violated(factor):
         net = purifier("none", classifier=Broken())
         net.classifier.factor = factor
-        _, row = purification.pgd(net, images(), INDEX % 2, lambda k: [None], steps=2)
+        _, row = purify_attack.pgd(net, images(), INDEX % 2, lambda k: [None], steps=2)
         return " ".join(
             purify.summarise(row | dict(robust=torch.ones(3, dtype=torch.float64)))["violated"]
         )
@@ -532,7 +526,7 @@ def test_ssim_guidance_raises_ssim():
 
 
 def test_defaults_of_p2():
-    assert purification.NORMS == {"linf": (8 / 255, 2 / 255), "l2": (0.5, 0.1)}
+    assert purify_attack.NORMS == {"linf": (8 / 255, 2 / 255), "l2": (0.5, 0.1)}
     assert purifier("edm-sde", nfe=None).nfe == 50 and purifier().snr == 0.16
 
 
