@@ -59,25 +59,12 @@ def image_draws(seed, index, draw=0, forward=None):
         if len(index) != len(x):
             raise ValueError(
                 f"known noise of {len(index)} images for {len(x)}: an attack library that picks images "
-                "needs `following`"
+                "needs library_attack.Attackable"
             )
         of_eq2 = forward is not None and k % ROUND == 0
         key = seed + (((forward if of_eq2 else draw) + 1) << 32)
         at = (number(key, x), index.to(x.device), number(k, x), tuple(x.shape[1:]))
         return torch.empty_like(x, requires_grad=False).copy_(noise_on(x.device.type)(*at))
-
-    return noise
-
-
-def following(clean, seed, draw=0, forward=None):
-    """As image_draws, where row i of x has the number of the image of `clean` (N, C, H, W) in [0, 1]
-    that it is nearest to: known noise stays with its image in whatever batch a library puts it."""
-    found = {}
-
-    def noise(k, x):
-        if k == 0:  # the only draw for which x is an image
-            found["index"] = torch.cdist(((x + 1) / 2).flatten(1), clean.flatten(1)).argmin(1)
-        return image_draws(seed, found["index"], draw, forward)(k, x)
 
     return noise
 
@@ -159,14 +146,14 @@ class PurifiedClassifier(nn.Module):
     calls of the last forward.
     noise(k, x), see image_draws: fixed noise instead of the global generator's, here, as the
     attribute, or in forward().
-    Raises ValueError for images outside [0, 1]; check_range=False spares the look at them, for
-    which a GPU must be waited for.
+    Raises ValueError for images outside [0, 1]. strict=False takes them as they are, for libraries
+    that probe beyond the border, and spares the look, for which a GPU must be waited for.
     """
 
     def __init__(
         self, model, schedule, classifier, sampler="ddpm", t_star=None, nfe=None, noise=None,
         clip=True, variance="fixed-large", snr=0.16, scale=GUIDANCE, rounds=None,
-        checkpointed=True, check_range=True,
+        checkpointed=True, strict=True,
     ):  # fmt: skip
         super().__init__()
         if sampler not in SAMPLERS:
@@ -199,12 +186,12 @@ class PurifiedClassifier(nn.Module):
         self.snr = snr
         self.scale = scale
         self.checkpointed = checkpointed
-        self.check_range = check_range
+        self.strict = strict
         self.calls = 0
         self.eval().requires_grad_(False)
 
     def forward(self, x, noise=None):
-        if self.check_range or x.dim() != 4:
+        if self.strict or x.dim() != 4:
             low, high = torch.stack(x.detach().aminmax()).tolist()  # one wait for both
             if x.dim() != 4 or not (low >= -1e-6 and high <= 1 + 1e-6):  # also refuses NaN
                 raise ValueError(

@@ -13,7 +13,8 @@ The purifiers: purification.py; the attack and what it may know: purify_attack.p
 
 One purification with noise that the attack has not seen (except as stated there) decides.
 --evaluations M > 1 also lets M purifications choose between the image and the attacked image, as
-P2's repaired AutoAttack does, and M others (ours) judge.
+P2's repaired AutoAttack does, and M others (ours) judge. --attack aa-rand is that AutoAttack itself
+(P2 Tables 13, 14; library_attack.py says what its columns are).
 
 The checks are always on: image within the ball and [0, 1], gradients finite and not 0, loss above
 that of the start on 90 % of the images. A violation is printed on stderr and kept in metrics.json.
@@ -34,6 +35,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+import library_attack
 import outputs
 import purify_figures
 import runtime
@@ -43,26 +45,26 @@ from images import NAMES, load_images
 from losses import NoiseSchedule, like
 from metrics import clopper_pearson
 from purification import SAMPLERS, PurifiedClassifier
-from purify_attack import NORMS, UNSEEN, correct, noises, pgd
+from purify_attack import NORMS, correct, judging_draws, noises, pgd
 from runtime import between
+
+ATTACKS = {  # --attack: its own defaults
+    "pgd": dict(pgd=20, eot=10, evaluations=1),
+    "aa-rand": dict(pgd=100, eot=20, evaluations=20),
+}
 
 # --------------------------------------------------------------------------------------------------
 # one attack
 
 
-def judging_draws(knowledge, evaluations):
-    """-> numbers of the draws that choose between candidates, and of those that judge; the same
-    where the attack knows them."""
-    if knowledge in ("white", "fwd"):
-        choosers = range(2 * UNSEEN, 2 * UNSEEN + evaluations)
-        return list(choosers), list(range(evaluations))
-    known = int(knowledge[5:]) if knowledge.startswith("semi-") else 1
-    judges = list(range(min(evaluations, known)))
-    return judges, judges
-
-
 def evaluate(net, x, y, index, args, knowledge, norm):
     """Attack a batch -> {name: (B,)}: right before and after it, over --evaluations, the checks."""
+
+    if args.attack == "aa-rand":
+        settings = (args.eot, args.pgd, args.evaluations, args.eot_batch)
+        return library_attack.autoattack_rand(
+            net, x, y, index, args.seed, knowledge, norm, *settings
+        )[1]
 
     def draws(k):
         return noises(knowledge, args.seed, index, k, args.eot)
@@ -85,8 +87,8 @@ def summarise(rows):
     """{name: (n,)} of an attack -> accuracies with intervals, the checks, `violated` among them."""
     n = len(rows["robust"])
     d = {}
-    # selected are shares, which vary less than a coin of that mean: a safe interval
-    for key in ("clean", "robust", "selected"):
+    # these may be shares, which vary less than a coin of that mean: a safe interval
+    for key in ("clean", *purify_figures.ACCURACIES):
         if key in rows:
             d[key] = rows[key].mean().item()
             d[key + "_ci"] = clopper_pearson(rows[key].sum().item(), n)
@@ -151,11 +153,12 @@ def parse():
     add("--purifier", nargs="+", choices=SAMPLERS, default=["none", "ddpm"])
     add("--knowledge", nargs="+", default=["white", "both"], help="white | fwd | both | semi-N")
     add("--norm", nargs="+", choices=NORMS, default=["linf"], help=norms)
-    add("--pgd", **count, default=20, metavar="K", help="steps of the attack")
-    add("--eot", **count, default=10, metavar="N", help="draws averaged, under white and fwd")
-    add(
-        "--evaluations", **count, default=1, metavar="M", help="purifications that choose and judge"
-    )
+    add("--attack", choices=ATTACKS, default="pgd", help="aa-rand takes pip install pyautoattack")
+    add("--pgd", **count, metavar="K", help="steps of the attack; default: 20, aa-rand 100")
+    eot = "draws averaged, under white and fwd; default: 10, aa-rand 20"
+    add("--eot", **count, metavar="N", help=eot)
+    judges = "purifications that choose and judge; default: 1, aa-rand 20"
+    add("--evaluations", **count, metavar="M", help=judges)
     add("--t-star", type=int, help="t of the diffused image; default: 100, EDM sigma .5, GDMP 36")
     add("--nfe", type=int, help="steps back; default: t*, EDM 50")
     add("--figures", type=int, default=0, metavar="N", help="figures.png, EoT up to N draws")
@@ -170,6 +173,11 @@ def parse():
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
     add("--out", default="purify")
     args = parser.parse_args()
+    if args.attack == "aa-rand":
+        library_attack.package()
+    for name, value in ATTACKS[args.attack].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     runtime.refuse_repeats(args, "purifier", "knowledge", "norm")
     for name in args.knowledge:
         draws = name.removeprefix("semi-") if name.startswith("semi-") else ""
@@ -247,7 +255,9 @@ def main():
     device, rank, world = where = runtime.setup(args.device)
     if args.n < world:
         raise ValueError(f"--n {args.n}: fewer than the {world} processes")
-    runtime.precision(device, args.amp)  # refuses what the device cannot do
+    dtype = runtime.precision(device, args.amp)  # refuses what the device cannot do
+    if args.attack == "aa-rand" and dtype == torch.float16:  # the library scales no gradient
+        raise ValueError("--attack aa-rand: its gradients vanish in fp16; use --amp bf16 or fp32")
     models, classifier, data = load(args, device, world)
     out = outputs.claim(args.out) if rank == 0 else Path(args.out)
     schedule = NoiseSchedule().to(device)
@@ -260,7 +270,7 @@ def main():
             name, sampler, knowledge, norm = run
             model, size, _ = models[name]
             net = PurifiedClassifier(
-                model, schedule, classifier, sampler, check_range=False, **options
+                model, schedule, classifier, sampler, strict=False, **options
             )  # `ascend` clamps
             rows = run_attack(net, data[size], args, knowledge, norm, where, bar)
             row = dict(zip(("checkpoint", "purifier", "knowledge", "norm"), run))
@@ -285,7 +295,7 @@ def main():
                 with runtime.autocast(device, args.amp):
                     curves[name] = purify_figures.directions(net, x, y, args)
             purify_figures.plot_directions(curves, sampler, styles, out / "figures.png")
-        settings = ["n", "pgd", "eot", "data", "classifier", "evaluations"]
+        settings = ["n", "attack", "pgd", "eot", "data", "classifier", "evaluations"]
         settings = {name: getattr(args, name) for name in settings} | options
         violated = sum(len(row["violated"]) for row in record)
         settings |= dict(world=world, runs=record, directions=curves, violated=violated)

@@ -132,3 +132,14 @@ def correct(net, x, y, seed, index, knowledge, draws, eot_batch=1):
     forward = 0 if knowledge == "fwd" else None
     known = [image_draws(seed, index, d, forward) for d in draws]
     return over_draws(hit_of, net, x, y, known, eot_batch)
+
+
+def judging_draws(knowledge, evaluations):
+    """-> numbers of the draws that choose between candidates, and of those that judge; the same
+    where the attack knows them."""
+    if knowledge in ("white", "fwd"):
+        choosers = range(2 * UNSEEN, 2 * UNSEEN + evaluations)
+        return list(choosers), list(range(evaluations))
+    known = int(knowledge[5:]) if knowledge.startswith("semi-") else 1
+    judges = list(range(min(evaluations, known)))
+    return judges, judges

@@ -14,6 +14,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 COLOURS = outputs.COLOURS[1:]  # without black, which is the intervals'
+ACCURACIES = {  # of an attack's row: what the table calls it; library_attack.py says what it is
+    "robust": "",
+    "selected": ", chosen",
+    "judged": ", judged anew",
+    "unrepaired": ", AutoAttack's own",
+    "flags": ", its own count",
+}
 
 
 def of_group(record, name, sampler):
@@ -27,12 +34,11 @@ def percent(row, key):
 
 def table(record, args):
     """Like P2's, in Markdown: one row per checkpoint and purifier, percent with 95 % intervals."""
-    accuracies = {"robust": "", "selected": ", chosen"}
     heads = []
     columns = []
     for norm in args.norm:
         for knowledge in args.knowledge:
-            for key, label in accuracies.items():
+            for key, label in ACCURACIES.items():
                 if key in record[0]:
                     columns.append((norm, knowledge, key))
                     heads.append(f"{norm} {knowledge}{label}")
@@ -77,7 +83,9 @@ def plot(record, args, styles, path):
     for kind, colour in colours.items():
         handles.append(plt.Rectangle((0, 0), 1, 1, color=colour, label=", ".join(kind)))
     fig.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-    fig.suptitle(f"Purification under PGD-{args.pgd}, EoT-{args.eot}, n = {args.n}", fontsize=11)
+    attack = {"pgd": "PGD", "aa-rand": "AutoAttack-rand"}[args.attack]
+    title = f"Purification under {attack}-{args.pgd}, EoT-{args.eot}, n = {args.n}"
+    fig.suptitle(title, fontsize=11)
     fig.savefig(path, dpi=120)
     plt.close(fig)
 

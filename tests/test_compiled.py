@@ -258,7 +258,7 @@ def test_purification_never_waits_for_the_gpu(sampler, monkeypatch):
     args = argparse.Namespace(seed=0, eot=2, eot_batch=2, pgd=2, evaluations=2)
     net, classifier, schedule, x, index = elsewhere()
     purifier = purification.PurifiedClassifier(
-        net, schedule, classifier, sampler, nfe=2, check_range=False
+        net, schedule, classifier, sampler, nfe=2, strict=False
     )
     with Copies() as copies:
         row = purify.evaluate(purifier, x, index, index, args, "fwd", "l2")
