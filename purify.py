@@ -111,23 +111,60 @@ def summarise(rows):
     return d
 
 
-def run_attack(net, images, args, knowledge, norm, where, bar):
-    """The rows {name: (n,)} of evaluate over all images, the same on every process."""
+class Done:
+    """The attacked images of this process, kept in a file after each batch: {attack: dict(rows={name:
+    (k,)}, calls=network calls, seconds=)}. With --resume it begins with those of the file.
+    """
+
+    def __init__(self, path, args, world):
+        free = ("device", "data_root", "out", "resume", "figures")
+        settings = {name: value for name, value in vars(args).items() if name not in free}
+        self.settings = settings | dict(world=world)
+        self.path = path
+        self.attacks = {}
+        if args.resume and path.exists():
+            found = runtime.load_checkpoint(path)
+            for name, value in self.settings.items():
+                if found["settings"].get(name) != value:
+                    raise ValueError(f"--resume: {path} is of another {runtime.flag(name)}")
+            self.attacks = found["attacks"]
+
+    def of(self, run):
+        return self.attacks.setdefault(" ".join(run), dict(rows={}, calls=0, seconds=0.0))
+
+    def add(self, run, row, calls, seconds):
+        attack = self.of(run)
+        for name, values in row.items():
+            attack["rows"][name] = torch.cat([attack["rows"].get(name, values[:0]), values])
+        attack["calls"] = calls
+        attack["seconds"] += seconds
+        found = dict(settings=self.settings, attacks=self.attacks)
+        runtime.save_checkpoint(self.path, found)
+
+
+def run_attack(net, images, args, run, where, bar, done):
+    """The rows {name: (n,)} of evaluate over all images, the same on every process; those in `done`
+    are not attacked again."""
     device, rank, world = where
+    _, _, knowledge, norm = run
     x, y = images
     mine = list(range(args.n))[rank::world]
-    parts = []
-    for numbers, count in sample.batches(mine, args.batch_size, sample.is_compiled(net.model)):
+    first = len(done.of(run)["rows"].get("robust", []))
+    bar.update(first)
+    left = mine[first:]
+    for numbers, count in sample.batches(left, args.batch_size, sample.is_compiled(net.model)):
+        began = time.time()
         index = torch.tensor(numbers, device=device)
         batch = x[numbers].to(device), y[numbers].to(device)
         with runtime.autocast(device, args.amp):
             row = evaluate(net, *batch, index, args, knowledge, norm)
-        parts.append({name: values[:count].double().cpu() for name, values in row.items()})
+        row = {name: values[:count].double().cpu() for name, values in row.items()}
+        done.add(run, row, net.calls, time.time() - began)
         bar.update(count)
     rows = {}
-    for name in parts[0]:
+    for name, values in done.of(run)["rows"].items():
         rows[name] = torch.zeros(args.n, dtype=torch.float64)
-        rows[name][mine] = torch.cat([part[name] for part in parts])
+        rows[name][mine] = values
         if world > 1:  # every row is written by one process; the others hold zeros
             dist.all_reduce(rows[name])
     return rows
@@ -171,6 +208,7 @@ def parse():
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
+    add("--resume", action="store_true", help="continue in --out, with the images that are left")
     add("--out", default="purify")
     args = parser.parse_args()
     if args.attack == "aa-rand":
@@ -263,23 +301,23 @@ def main():
     schedule = NoiseSchedule().to(device)
     runs = list(planned(args, models))
     record = []
+    done = Done(out / f"rows-{rank}.pt", args, world)
     total = len(range(args.n)[rank::world]) * len(runs)
     with tqdm(total=total, desc="attack", unit="img", disable=rank > 0) as bar:
         for run in runs:
-            began = time.time()
-            name, sampler, knowledge, norm = run
+            name, sampler, *_ = run
             model, size, _ = models[name]
             net = PurifiedClassifier(
                 model, schedule, classifier, sampler, strict=False, **options
-            )  # `ascend` clamps
-            rows = run_attack(net, data[size], args, knowledge, norm, where, bar)
+            )  # the attacks clamp
+            rows = run_attack(net, data[size], args, run, where, bar, done)
             row = dict(zip(("checkpoint", "purifier", "knowledge", "norm"), run))
-            row |= dict(calls=net.calls) | summarise(rows) | dict(seconds=time.time() - began)
+            row |= dict(calls=done.of(run)["calls"]) | summarise(rows)
+            row["seconds"] = done.of(run)["seconds"]
             record.append(row)
             if rank == 0:
                 for line in row["violated"]:
                     tqdm.write(f"CHECK VIOLATED: {', '.join(run)}: {line}", file=sys.stderr)
-                # after each: a kill loses the attack that runs, no other
                 outputs.write_table(out / "table.csv", record)
                 (out / "table.md").write_text(purify_figures.table(record, args))
     if rank == 0:

@@ -671,6 +671,42 @@ def test_command(files, tmp_path):
     )
 
 
+def test_a_stopped_run_goes_on_bit_for_bit(files, tmp_path, monkeypatch, capsys):
+    """Killed in the second batch of the second attack: what was done is not done again."""
+    flags = (
+        "--data synthetic:64 --n 5 --pgd 1 --eot 1 --nfe 1 --device cpu --amp fp32 --batch-size 2"
+    )
+    argv = ["--ckpt", files / "a/ckpt.pt", "--classifier", files / "classifier.pt", *flags.split()]
+    argv += ["--purifier", "ddpm"]
+    assert run(*argv, "--out", tmp_path / "whole") == 0
+    attack, seen = purify.evaluate, []
+
+    def watched(net, x, y, index, *rest):
+        seen.append(index.tolist())
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        return attack(net, x, y, index, *rest)
+
+    monkeypatch.setattr(purify, "evaluate", watched)
+    assert run(*argv, "--out", tmp_path / "parts") == 130
+    assert not (tmp_path / "parts/metrics.json").exists()
+    assert run(*argv, "--out", tmp_path / "parts", "--resume") == 0
+    assert seen == [[0, 1], [2, 3], [4], [0, 1], [2, 3], [2, 3], [4]]
+    whole, parts = (torch.load(tmp_path / f / "rows-0.pt")["attacks"] for f in ("whole", "parts"))
+    assert list(whole) == list(parts) and len(whole) == 2
+    for key, value in whole.items():
+        assert value["calls"] == parts[key]["calls"] == 2
+        for name, row in value["rows"].items():
+            assert torch.equal(row, parts[key]["rows"][name])
+    records = [json.loads((tmp_path / f / "metrics.json").read_text()) for f in ("whole", "parts")]
+    for record in records:
+        for row in record["runs"]:
+            del row["seconds"]
+    assert records[0]["runs"] == records[1]["runs"]
+    assert run(*argv, "--eot", 2, "--out", tmp_path / "parts", "--resume") == 2
+    assert "is of another --eot" in capsys.readouterr().err
+
+
 def test_command_refuses_bad_input(capsys, files, tmp_path):
     def refuse(*args):
         assert (
