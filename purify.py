@@ -20,7 +20,7 @@ The checks are always on: image within the ball and [0, 1], gradients finite and
 that of the start on 90 % of the images. A violation is printed on stderr and kept in metrics.json.
 
 Leaves --out/purify.png, table.csv, table.md and metrics.json; with --figures also figures.png (P2
-Figs. 7, 8). Image i and all its noise are functions of --seed and i alone.
+Figs. 7, 8), with --landscape landscape.png (Figs. 1, 3). Image i and all its noise are functions of --seed and i alone.
 """
 
 import argparse
@@ -117,7 +117,7 @@ class Done:
     """
 
     def __init__(self, path, args, world):
-        free = ("device", "data_root", "out", "resume", "figures")
+        free = ("device", "data_root", "out", "resume", "figures", "landscape")
         settings = {name: value for name, value in vars(args).items() if name not in free}
         self.settings = settings | dict(world=world)
         self.path = path
@@ -199,6 +199,7 @@ def parse():
     add("--t-star", type=int, help="t of the diffused image; default: 100, EDM sigma .5, GDMP 36")
     add("--nfe", type=int, help="steps back; default: t*, EDM 50")
     add("--figures", type=int, default=0, metavar="N", help="figures.png, EoT up to N draws")
+    add("--landscape", type=int, default=0, metavar="G", help="landscape.png on a grid of G x G")
     add("--variance", choices=variances, default="fixed-large", help="ddpm, gdmp: s_t^2 of Eq. 5")
     add("--no-clip", action="store_true", help="do not clip x^_0 to [-1, 1]")
     add("--raw", action="store_true", help="raw instead of EMA weights")
@@ -221,8 +222,10 @@ def parse():
         draws = name.removeprefix("semi-") if name.startswith("semi-") else ""
         if name not in ("white", "fwd", "both") and not (draws.isdecimal() and int(draws)):
             raise ValueError(f"--knowledge {name}: need white, fwd, both or semi-N with N >= 1")
-    if args.figures < 0 or (args.figures and set(args.purifier) == {"none"}):
-        raise ValueError(f"--figures {args.figures}: needs N >= 1 and a purifier other than none")
+    for name, least in (("figures", 1), ("landscape", 2)):
+        value = getattr(args, name)
+        if value and (value < least or set(args.purifier) == {"none"}):
+            raise ValueError(f"--{name} {value}: needs >= {least} and a purifier other than none")
     options = dict(t_star=args.t_star, nfe=args.nfe, clip=not args.no_clip, variance=args.variance)
     for sampler in args.purifier:  # all refused before any is run
         PurifiedClassifier(nn.Identity(), NoiseSchedule(), nn.Identity(), sampler, **options)
@@ -287,6 +290,28 @@ def planned(args, names):
                     yield name, sampler, knowledge, norm
 
 
+def draw_figures(args, options, models, classifier, data, styles, out, device):
+    """figures.png and landscape.png, of the first batch and the first purifier -> their numbers."""
+    schedule = NoiseSchedule().to(device)
+    curves = {}
+    planes = {}
+    for name, (model, size, _) in models.items() if args.figures or args.landscape else ():
+        sampler = next(sampler for sampler in args.purifier if sampler != "none")
+        x, y = (a[: args.batch_size].to(device) for a in data[size])
+        net = PurifiedClassifier(model, schedule, classifier, sampler, **options)
+        with runtime.autocast(device, args.amp):
+            if args.figures:
+                curves[name] = purify_figures.directions(net, x, y, args)
+            if args.landscape:
+                plane = purify_figures.landscape(net, x, y, args)
+                planes[name] = plane, purify_figures.trajectories(net, x, y, args)
+    if curves:
+        purify_figures.plot_directions(curves, sampler, styles, out / "figures.png")
+    if planes:
+        purify_figures.plot_landscape(planes, sampler, styles, out / "landscape.png")
+    return dict(directions=curves, landscapes=planes)
+
+
 def main():
     started = time.time()
     args, options = parse()
@@ -324,19 +349,11 @@ def main():
         methods = {name: trained.get("robust") for name, (_, _, trained) in models.items()}
         styles = outputs.styles(methods)
         purify_figures.plot(record, args, styles, out / "purify.png")
-        curves = {}
-        if args.figures:
-            sampler = next(sampler for sampler in args.purifier if sampler != "none")
-            for name, (model, size, _) in models.items():
-                x, y = (a[: args.batch_size].to(device) for a in data[size])
-                net = PurifiedClassifier(model, schedule, classifier, sampler, **options)
-                with runtime.autocast(device, args.amp):
-                    curves[name] = purify_figures.directions(net, x, y, args)
-            purify_figures.plot_directions(curves, sampler, styles, out / "figures.png")
+        figures = draw_figures(args, options, models, classifier, data, styles, out, device)
         settings = ["n", "attack", "pgd", "eot", "data", "classifier", "evaluations"]
         settings = {name: getattr(args, name) for name in settings} | options
         violated = sum(len(row["violated"]) for row in record)
-        settings |= dict(world=world, runs=record, directions=curves, violated=violated)
+        settings |= dict(world=world, runs=record, violated=violated) | figures
         runtime.write_metrics(out, started, seed=args.seed, device=device, **settings)
         print((out / "table.md").read_text(), end="")
         print(f"-> {out}/purify.png, table.csv, table.md, metrics.json")

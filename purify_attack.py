@@ -96,8 +96,10 @@ def ascend(x, delta, grad, norm):
     return (x + delta).clamp(0, 1) - x
 
 
-def pgd(net, x, y, draws, norm="linf", steps=20, eot_batch=1):
+def pgd(net, x, y, draws, norm="linf", steps=20, eot_batch=1, path=None):
     """PGD from a zero start -> x_adv, checks {name: (B,)}.
+
+    path: a list, to which delta is added after each step.
 
     draws(k): the noises of step k, a list; draws(steps) those under which the losses of start and
     end are compared.
@@ -111,6 +113,8 @@ def pgd(net, x, y, draws, norm="linf", steps=20, eot_batch=1):
         grad = grad.nan_to_num(0, 0, 0)
         zero += (grad == 0).flatten(1).all(1).double() / steps
         delta = ascend(x, delta, grad, norm)
+        if path is not None:
+            path.append(delta)
     size = delta.flatten(1).norm(dim=1, p=float("inf") if norm == "linf" else 2)
     beyond = (x + delta - 0.5).abs().flatten(1).amax(1) > 0.5 + 1e-6
     start = over_draws(loss_of, net, x, y, draws(steps), eot_batch)

@@ -610,6 +610,8 @@ def test_command(files, tmp_path):
             2,
             "--figures",
             2,
+            "--landscape",
+            2,
             "--batch-size",
             4,
             "--out",
@@ -618,7 +620,7 @@ def test_command(files, tmp_path):
         == 0
     )
     names = {f.name for f in (tmp_path / "one").iterdir()}
-    assert {"purify.png", "figures.png", "table.csv", "table.md", "metrics.json"} <= names
+    assert {"purify.png", "figures.png", "landscape.png", "table.csv", "table.md"} <= names
     record = json.loads((tmp_path / "one" / "metrics.json").read_text())
     assert [d["calls"] for d in record["runs"]] == [0, 2, 2] * 2 and set(record["directions"]) == {
         "a",
@@ -737,6 +739,7 @@ def test_command_refuses_bad_input(capsys, files, tmp_path):
     assert "--amp fp16" in refuse("--amp", "fp16")
     assert "--nfe 101" in refuse("--nfe", 101)
     assert "--t-star 1000" in refuse("--t-star", 1000)
+    assert "--landscape 1" in refuse("--landscape", 1)
     assert "--figures 2" in refuse("--figures", 2, "--purifier", "none")
     assert "two checkpoints lie in a folder a" in refuse(
         "--ckpt", files / "a/ckpt.pt", files / "a/ckpt.pt"
