@@ -31,7 +31,7 @@ from data import Batches, CorruptedImages, load_images
 from losses import NoiseSchedule
 from runtime import autocast, between, layout, precision, setup
 from sample import generate
-from samplers import heun_timesteps
+from samplers import heun_levels
 from unet import PRESETS, UNet
 from weights import unet2d_config
 
@@ -162,7 +162,7 @@ def sampling(args, device, batch):
     mode = "reduce-overhead" if device.type == "cuda" else None  # as sample.py
     model = torch.compile(net, mode=mode) if args.backend else net
     schedule = NoiseSchedule().to(device)
-    heun = 2 * len(heun_timesteps(schedule, 18)) - 1
+    heun = 2 * len(heun_levels(schedule, 18)) - 1
     # network calls of a whole sample; of the few steps that are timed; these steps
     table = {"ddpm": (1000, 4, 4), "ddim": (100, 4, 4), "heun": (heun, 3, 2)}
     what = model, schedule, range(args.batch_size), batch["x0"].shape[1:], 0, device

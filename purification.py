@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import runtime
 from losses import like
 from rng import image_noise
-from samplers import ddim_step, ddpm_step, ddpm_variance, heun_follow
+from samplers import clipped, ddim_step, ddpm_step, ddpm_variance, edm_follow
 
 EDM = {  # P2 App. F
     "edm-ode": {},
@@ -138,9 +138,9 @@ class PurifiedClassifier(nn.Module):
     any attack library.
 
     model: (x_t, t) -> eps; classifier: [0, 1] images -> logits. Both are put in eval mode and lose
-    their weight gradients. sampler: one of SAMPLERS. Defaults: t* = T / 10, for EDM the t of
-    sigma = 0.5, for GDMP 36; nfe = t*, for EDM 50 Heun steps (their levels rounded to the
-    schedule's, equal ones merged); rounds: 1, for GDMP 4, purifications in a row. snr: of the
+    their weight gradients. sampler: one of SAMPLERS. Defaults: t* = T / 10, for EDM sigma = 0.5
+    instead of the sigma of a t*, for GDMP 36; nfe = t*, for EDM 50 Heun steps; rounds: 1, for GDMP
+    4, purifications in a row. clip: x^_0 of each step, for EDM the output alone. snr: of the
     corrector, one Langevin step before each step (Song et al., 2021; 0.16 is their CIFAR-10 value,
     with norms per image instead of per batch). scale: GDMP's guidance. `calls` counts the network
     calls of the last forward.
@@ -158,6 +158,7 @@ class PurifiedClassifier(nn.Module):
         super().__init__()
         if sampler not in SAMPLERS:
             raise ValueError(f"--purifier {sampler}: need one of {', '.join(SAMPLERS)}")
+        sigma_is_free = sampler in EDM and t_star is None
         if t_star is None:
             t_star = default_t_star(sampler, schedule)
         if nfe is None:
@@ -173,6 +174,9 @@ class PurifiedClassifier(nn.Module):
         if sampler != "none" and sampler not in EDM:
             ts = purification_timesteps(t_star, nfe)
             self.pairs = list(zip(ts, ts[1:] + [-1]))
+        self.real_t = getattr(model, "real_t", False)  # see samplers.edm_follow
+        if sampler in EDM:  # a network of integer t begins at a level of the schedule
+            self.sigma_max = 0.5 if sigma_is_free and self.real_t else schedule.sigmas[t_star]
         self.model = model
         self.classifier = classifier
         self.schedule = schedule
@@ -224,12 +228,14 @@ class PurifiedClassifier(nn.Module):
         Draw 0 is the noise of Eq. 2, draw 1 + 2 i that of step i, 2 + 2 i that of its corrector or
         guidance.
         """
+        if self.sampler in EDM:
+            settings = dict(EDM[self.sampler], clip=False, real_t=self.real_t)
+            settings["noise"] = lambda i: noise(1 + 2 * i, x)
+            start = x + self.sigma_max * noise(0, x)
+            x_0 = edm_follow(self.eps, self.schedule, start, self.sigma_max, self.nfe, **settings)
+            return clipped(x_0, self.clip)
         t_star = torch.full((len(x),), self.t_star, device=x.device)
         x = self.schedule.q_sample(x, t_star, noise(0, x))
-        if self.sampler in EDM:
-            settings = dict(EDM[self.sampler], clip=self.clip, t_start=self.t_star)
-            settings["noise"] = lambda i: noise(1 + 2 * i, x)
-            return heun_follow(self.eps, self.schedule, x, self.nfe, **settings)
         abars = self.schedule.alphas_bar.to(x.device)
         abars = torch.cat([torch.ones_like(abars[:1]), abars])  # at index t + 1
         for i, (t, t_prev) in enumerate(self.pairs):

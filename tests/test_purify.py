@@ -20,7 +20,7 @@ from losses import NoiseSchedule
 from purification import PurifiedClassifier, image_draws, purification_timesteps
 from purify_attack import gradient_of, loss_of, over_draws
 from runtime import save_checkpoint
-from samplers import ddpm_sample, heun_sample
+from samplers import ddpm_sample, edm_follow, heun_sample
 from unet import UNet
 
 SCHEDULE = NoiseSchedule()
@@ -33,6 +33,8 @@ def draw(*shape, seed=0):
 
 class Eps(nn.Module):
     """A small smooth eps-network, float64."""
+
+    real_t = True
 
     def __init__(self):
         super().__init__()
@@ -200,19 +202,30 @@ def test_it_is_the_sampler_of_sample_py():
     )
     assert torch.equal(net.purify(x, noise), expected)
     net = purifier("edm-sde", t_star=60, nfe=8)
+    x_t = SCHEDULE.q_sample(x, t, noise(0, x))
+    churn = dict(S_churn=6, S_min=0.01, S_max=0.46, S_noise=1.007)
     expected = heun_sample(
-        net.model,
-        SCHEDULE,
-        SCHEDULE.q_sample(x, t, noise(0, x)),
-        8,
-        6,
-        0.01,
-        0.46,
-        1.007,
-        t_start=60,
+        net.model, SCHEDULE, x_t, 8, **churn, clip=False, t_start=60,
         noise=lambda i: noise(1 + 2 * i, x),
-    )
-    assert torch.equal(net.purify(x, noise), expected)
+    )  # fmt: skip
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(net.purify(x, noise), expected.clamp(-1, 1))
+
+
+@pytest.mark.parametrize("sampler, churn", [("edm-ode", 0.0), ("edm-sde", 6.0)])
+def test_edm_as_in_p2(sampler, churn):
+    """App. F: from x + .5 N(0, I), 50 steps at continuous sigma, x^_0 clamped at the output alone."""
+    x, noise = 2 * images() - 1, image_draws(5, INDEX)
+    expected = edm_follow(
+        Eps(), SCHEDULE, x + 0.5 * noise(0, x), 0.5, 50, churn, 0.01, 0.46, 1.007, False,
+        lambda i: noise(1 + 2 * i, x),
+    )  # fmt: skip
+    net = purifier(sampler, nfe=None)
+    assert expected.abs().max() > 1 and net.sigma_max == 0.5
+    torch.testing.assert_close(net.purify(x, noise), expected.clamp(-1, 1))
+    assert net.calls == 99
+    net = purifier(sampler, nfe=None, clip=False)
+    torch.testing.assert_close(net.purify(x, noise), expected)
 
 
 def test_gdmp_guidance():
