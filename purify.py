@@ -183,7 +183,8 @@ def parse():
     variances = ["fixed-large", "fixed-small"]
     norms = "l_inf 8/255 in steps of 2/255, l_2 0.5 in steps of 0.1"
     add("--ckpt", required=True, nargs="+", help="checkpoints of train.py, or diffusers folders")
-    add("--classifier", required=True, metavar="PATH", help="a checkpoint of classifier.py")
+    networks = "a checkpoint of classifier.py, torchvision:NAME:PATH or wrn:PATH"
+    add("--classifier", required=True, metavar="PATH", help=networks)
     add("--data", required=True, metavar="NAME", help=f"its test split; all of a folder; {NAMES}")
     add("--data-root", default="data")
     add("--n", **count, default=64, help="test images; P2: 1024")
