@@ -55,6 +55,8 @@ def read_state(path):
         if not value.isfinite().all():
             raise ValueError(f"{path}: {key} is not finite")
         tensors[re.sub(r"^(module|model|0|1)\.", "", key)] = value
+    if not any(value.dim() == 2 for value in tensors.values()):
+        raise ValueError(f"{path}: holds no classifier")
     return tensors
 
 

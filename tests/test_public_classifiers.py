@@ -180,9 +180,9 @@ def test_what_is_not_such_a_network_is_refused(tmp_path):
         (f"torchvision:resnet50:{path}", "not of resnet50"),
         (f"torchvision:resnet0:{path}", "need torchvision:NAME:PATH"),
         (f"wrn:{path}", "do not fit"),
-        (f"wrn:{tmp_path}/own.pt", "holds kind"),
+        (f"wrn:{tmp_path}/own.pt", "holds no classifier"),
         (f"wrn:{tmp_path}/none.pth", "no such checkpoint"),
-        (f"torchvision:resnet18:{tmp_path}/own.pt", "holds kind"),
+        (f"torchvision:resnet18:{tmp_path}/own.pt", "holds no classifier"),
     ):
         with pytest.raises(ValueError, match=message):
             classifier.load_classifier(spec)
