@@ -27,6 +27,7 @@ from tqdm import tqdm
 import outputs
 import runtime
 import train
+import training
 from data import Batches, CorruptedImages, load_images
 from losses import NoiseSchedule
 from runtime import autocast, between, layout, precision, setup
@@ -206,7 +207,7 @@ def parse_args():
     add("--out", default="out_bench")
     args = parser.parse_args()
     size = 64 if args.model == "ddpm64" else 32
-    train.fill(args, image_size=size, batch_size=train.RECIPES[args.model]["batch_size"])
+    training.fill(args, image_size=size, batch_size=train.RECIPES[args.model]["batch_size"])
     with torch.device("meta"):
         factor = UNet(**PRESETS[args.model]).factor
     if args.image_size % factor:
@@ -223,7 +224,7 @@ def main():
     started = time.time()
     device, _, _ = setup(args.device)
     precision(device, args.amp)  # refuses what this device has not
-    train.fill(args, compile=device.type == "cuda")
+    training.fill(args, compile=device.type == "cuda")
     args.backend = "inductor" if args.compile else None
     torch.set_num_threads(args.threads)
     out = outputs.claim(args.out)
