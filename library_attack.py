@@ -54,7 +54,7 @@ class Attackable(nn.Module):
             more = len(self.clean) - count
             x = torch.cat([x, x[:1].expand(more, *x.shape[1:])])
             rows = torch.cat([rows, rows[:1].expand(more)])
-        draws = noises(self.knowledge, self.seed, self.index[rows], self.calls)
+        draws = noises(self.knowledge, self.seed, self.index[rows], self.calls, 1)
         noise = draws[self.calls % len(draws)]
         self.calls += 1
         return self.net(x, noise)[:count].float()
@@ -163,7 +163,7 @@ def checks(victim, x, x_adv, y, norm, eot_batch):
     radius = NORMS[norm][0]
     size = (x_adv - x).flatten(1).norm(dim=1, p=float("inf") if norm == "linf" else 2)
     beyond = (x_adv - 0.5).abs().flatten(1).amax(1) > 0.5 + 1e-6
-    draws = noises(victim.knowledge, victim.seed, victim.index, victim.calls)  # not used yet
+    draws = noises(victim.knowledge, victim.seed, victim.index, victim.calls, 1)  # not used yet
     start = over_draws(loss_of, victim.net, x, y, draws, eot_batch)
     end = over_draws(loss_of, victim.net, x_adv, y, draws, eot_batch)
     return dict(

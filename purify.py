@@ -174,7 +174,7 @@ def run_attack(net, images, args, run, where, bar, done):
 # the experiment
 
 
-def parse():
+def parse(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -212,7 +212,7 @@ def parse():
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
     add("--resume", action="store_true", help="continue in --out, with the images that are left")
     add("--out", default="purify")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.attack == "aa-rand":
         library_attack.package()
     for name, value in ATTACKS[args.attack].items():
