@@ -42,7 +42,7 @@ from classifier import load_classifier
 from images import NAMES, load_images
 from losses import NoiseSchedule, like
 from metrics import clopper_pearson
-from purification import SAMPLERS, PurifiedClassifier
+from purification import NOISELESS, SAMPLERS, PurifiedClassifier
 from purify_attack import NORMS, UNSEEN, correct, noises, pgd
 from runtime import between
 
@@ -61,8 +61,14 @@ def judging_draws(knowledge, evaluations):
     return judges, judges
 
 
+def amounts_to(knowledge, sampler):
+    """fwd is both where there is no other noise: all its draws would be equal."""
+    return "both" if knowledge == "fwd" and sampler in NOISELESS else knowledge
+
+
 def evaluate(net, x, y, index, args, knowledge, norm):
     """Attack a batch -> {name: (B,)}: right before and after it, over --evaluations, the checks."""
+    knowledge = amounts_to(knowledge, getattr(net, "sampler", None))
 
     def draws(k):
         return noises(knowledge, args.seed, index, k, args.eot)
@@ -152,7 +158,7 @@ def parse():
     add("--knowledge", nargs="+", default=["white", "both"], help="white | fwd | both | semi-N")
     add("--norm", nargs="+", choices=NORMS, default=["linf"], help=norms)
     add("--pgd", **count, default=20, metavar="K", help="steps of the attack")
-    add("--eot", **count, default=10, metavar="N", help="draws averaged, under white and fwd")
+    add("--eot", **count, metavar="N", help="draws averaged; default: white 10, fwd 1 (P2's code)")
     add(
         "--evaluations", **count, default=1, metavar="M", help="purifications that choose and judge"
     )
@@ -160,6 +166,7 @@ def parse():
     add("--nfe", type=int, help="steps back; default: t*, EDM 50")
     add("--figures", type=int, default=0, metavar="N", help="figures.png, EoT up to N draws")
     add("--variance", choices=variances, default="fixed-large", help="ddpm, gdmp: s_t^2 of Eq. 5")
+    add("--noise-removal", action="store_true", help="vp-sde: last step without noise (P2's code)")
     add("--no-clip", action="store_true", help="do not clip x^_0 to [-1, 1]")
     add("--raw", action="store_true", help="raw instead of EMA weights")
     add("--batch-size", **count, default=64, help="changes memory and speed, not the images")
@@ -178,6 +185,9 @@ def parse():
     if args.figures < 0 or (args.figures and set(args.purifier) == {"none"}):
         raise ValueError(f"--figures {args.figures}: needs N >= 1 and a purifier other than none")
     options = dict(t_star=args.t_star, nfe=args.nfe, clip=not args.no_clip, variance=args.variance)
+    options["noise_removal"] = args.noise_removal
+    if args.noise_removal and not any(name.startswith("vp-sde") for name in args.purifier):
+        raise ValueError("--noise-removal: is for --purifier vp-sde and vp-sde-corrector")
     for sampler in args.purifier:  # all refused before any is run
         PurifiedClassifier(nn.Identity(), NoiseSchedule(), nn.Identity(), sampler, **options)
     return args, options
@@ -264,7 +274,9 @@ def main():
             )  # `ascend` clamps
             rows = run_attack(net, data[size], args, knowledge, norm, where, bar)
             row = dict(zip(("checkpoint", "purifier", "knowledge", "norm"), run))
-            row |= dict(calls=net.calls) | summarise(rows) | dict(seconds=time.time() - began)
+            eot = len(noises(amounts_to(knowledge, sampler), args.seed, None, 0, args.eot))
+            row |= dict(calls=net.calls, eot=eot) | summarise(rows)
+            row["seconds"] = time.time() - began
             record.append(row)
             if rank == 0:
                 for line in row["violated"]:
@@ -285,7 +297,7 @@ def main():
                 with runtime.autocast(device, args.amp):
                     curves[name] = purify_figures.directions(net, x, y, args)
             purify_figures.plot_directions(curves, sampler, styles, out / "figures.png")
-        settings = ["n", "pgd", "eot", "data", "classifier", "evaluations"]
+        settings = ["n", "pgd", "data", "classifier", "evaluations"]
         settings = {name: getattr(args, name) for name in settings} | options
         violated = sum(len(row["violated"]) for row in record)
         settings |= dict(world=world, runs=record, directions=curves, violated=violated)

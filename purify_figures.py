@@ -77,7 +77,9 @@ def plot(record, args, styles, path):
     for kind, colour in colours.items():
         handles.append(plt.Rectangle((0, 0), 1, 1, color=colour, label=", ".join(kind)))
     fig.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-    fig.suptitle(f"Purification under PGD-{args.pgd}, EoT-{args.eot}, n = {args.n}", fontsize=11)
+    draws = max(row["eot"] for row in record)
+    title = f"Purification under PGD-{args.pgd}, EoT-{draws}, n = {args.n}"
+    fig.suptitle(title, fontsize=11)
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
