@@ -125,6 +125,7 @@ def autoattack_rand(
     the known draws choose and judge. Resets torch's global generator, as the library does.
     """
     choosers, judges = judging_draws(knowledge, evaluations)
+    eot = len(noises(knowledge, seed, index, 0, eot))  # under both 1, under semi-N all N
 
     def share(x, draws):
         return correct(net, x, y, seed, index, knowledge, draws, eot_batch)

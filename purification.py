@@ -27,6 +27,7 @@ EDM = {  # P2 App. F
     "edm-sde": dict(S_churn=6.0, S_min=0.01, S_max=0.46, S_noise=1.007),
 }
 GDMP = ["gdmp", "gdmp-mse", "gdmp-ssim"]
+NOISELESS = ["ddim", "edm-ode"]  # on the way back: who knows the noise of Eq. 2 knows all
 SAMPLERS = ["none", "ddpm", "ddim", "vp-sde", "vp-sde-corrector", *EDM, *GDMP]
 # GDMP's code scales the gradient of the MSE over a batch of 100 CIFAR images by
 # 60000 / (16 / 255 / 3); here it is per image.
@@ -90,7 +91,7 @@ def vp_sde_step(x_t, eps, z, abar, abar_prev):
     -eps / sqrt(1 - abar).
 
     The integral of beta over the step is log(abar_prev / abar), by Eq. 11. Noise at every step, no
-    x^_0 to clip.
+    x^_0 to clip. Ours: the steps are the schedule's, where P2's code follows a continuous t.
     """
     b = (abar_prev / abar).log()
     mean = like(1 + b / 2, x_t) * x_t - like(b / (1 - abar).sqrt(), x_t) * eps
@@ -98,7 +99,8 @@ def vp_sde_step(x_t, eps, z, abar, abar_prev):
 
 
 def langevin_step(x_t, eps, z, abar, abar_prev, snr):
-    """The corrector (Song et al., 2021, Alg. 5): one step along the score, with norms per image."""
+    """The corrector (Song et al., 2021, Alg. 5): one step along the score, with norms per image, as
+    in P2's code; Song et al. average them over the batch."""
     score = -eps / like((1 - abar).sqrt(), x_t)
     ratio = z.flatten(1).norm(dim=1) / score.flatten(1).norm(dim=1)
     size = 2 * (abar / abar_prev) * (snr * ratio) ** 2
@@ -141,9 +143,9 @@ class PurifiedClassifier(nn.Module):
     their weight gradients. sampler: one of SAMPLERS. Defaults: t* = T / 10, for EDM sigma = 0.5
     instead of the sigma of a t*, for GDMP 36; nfe = t*, for EDM 50 Heun steps; rounds: 1, for GDMP
     4, purifications in a row. clip: x^_0 of each step, for EDM the output alone. snr: of the
-    corrector, one Langevin step before each step (Song et al., 2021; 0.16 is their CIFAR-10 value,
-    with norms per image instead of per batch). scale: GDMP's guidance. `calls` counts the network
-    calls of the last forward.
+    corrector, one Langevin step before each step (Song et al., 2021; 0.16 is their CIFAR-10 value).
+    noise_removal: VP-SDE's last step is its mean, as in P2's code; else it has noise like any other,
+    as in DiffPure. scale: GDMP's guidance. `calls` counts the network calls of the last forward.
     noise(k, x), see image_draws: fixed noise instead of the global generator's, here, as the
     attribute, or in forward().
     Raises ValueError for images outside [0, 1]. strict=False takes them as they are, for libraries
@@ -152,8 +154,8 @@ class PurifiedClassifier(nn.Module):
 
     def __init__(
         self, model, schedule, classifier, sampler="ddpm", t_star=None, nfe=None, noise=None,
-        clip=True, variance="fixed-large", snr=0.16, scale=GUIDANCE, rounds=None,
-        checkpointed=True, strict=True,
+        clip=True, variance="fixed-large", snr=0.16, noise_removal=False, scale=GUIDANCE,
+        rounds=None, checkpointed=True, strict=True,
     ):  # fmt: skip
         super().__init__()
         if sampler not in SAMPLERS:
@@ -188,6 +190,7 @@ class PurifiedClassifier(nn.Module):
         self.clip = clip
         self.variance = variance
         self.snr = snr
+        self.noise_removal = noise_removal
         self.scale = scale
         self.checkpointed = checkpointed
         self.strict = strict
@@ -258,6 +261,8 @@ class PurifiedClassifier(nn.Module):
         if self.sampler == "ddim":
             return ddim_step(x, eps, 0.0, abar, abar_prev, 0.0, self.clip)
         if self.sampler.startswith("vp-sde"):
+            if self.noise_removal:
+                z = like(abar_prev < 1, x) * z
             return vp_sde_step(x, eps, z, abar, abar_prev)
         return ddpm_step(x, eps, z, abar, abar_prev, self.clip, self.variance)
 

@@ -44,12 +44,12 @@ from classifier import load_classifier
 from images import NAMES, load_images
 from losses import NoiseSchedule, like
 from metrics import clopper_pearson
-from purification import SAMPLERS, PurifiedClassifier
+from purification import NOISELESS, SAMPLERS, PurifiedClassifier
 from purify_attack import NORMS, correct, judging_draws, noises, pgd
 from runtime import between
 
 ATTACKS = {  # --attack: its own defaults
-    "pgd": dict(pgd=20, eot=10, evaluations=1),
+    "pgd": dict(pgd=20, eot=None, evaluations=1),
     "aa-rand": dict(pgd=100, eot=20, evaluations=20),
 }
 
@@ -57,8 +57,14 @@ ATTACKS = {  # --attack: its own defaults
 # one attack
 
 
+def amounts_to(knowledge, sampler):
+    """fwd is both where there is no other noise: all its draws would be equal."""
+    return "both" if knowledge == "fwd" and sampler in NOISELESS else knowledge
+
+
 def evaluate(net, x, y, index, args, knowledge, norm):
     """Attack a batch -> {name: (B,)}: right before and after it, over --evaluations, the checks."""
+    knowledge = amounts_to(knowledge, getattr(net, "sampler", None))
 
     if args.attack == "aa-rand":
         settings = (args.eot, args.pgd, args.evaluations, args.eot_batch)
@@ -193,7 +199,7 @@ def parse(argv=None):
     add("--norm", nargs="+", choices=NORMS, default=["linf"], help=norms)
     add("--attack", choices=ATTACKS, default="pgd", help="aa-rand takes pip install pyautoattack")
     add("--pgd", **count, metavar="K", help="steps of the attack; default: 20, aa-rand 100")
-    eot = "draws averaged, under white and fwd; default: 10, aa-rand 20"
+    eot = "draws averaged; default: white 10, fwd 1 (P2's code), aa-rand 20"
     add("--eot", **count, metavar="N", help=eot)
     judges = "purifications that choose and judge; default: 1, aa-rand 20"
     add("--evaluations", **count, metavar="M", help=judges)
@@ -202,6 +208,7 @@ def parse(argv=None):
     add("--figures", type=int, default=0, metavar="N", help="figures.png, EoT up to N draws")
     add("--landscape", type=int, default=0, metavar="G", help="landscape.png on a grid of G x G")
     add("--variance", choices=variances, default="fixed-large", help="ddpm, gdmp: s_t^2 of Eq. 5")
+    add("--noise-removal", action="store_true", help="vp-sde: last step without noise (P2's code)")
     add("--no-clip", action="store_true", help="do not clip x^_0 to [-1, 1]")
     add("--raw", action="store_true", help="raw instead of EMA weights")
     add("--batch-size", **count, default=64, help="changes memory and speed, not the images")
@@ -228,6 +235,9 @@ def parse(argv=None):
         if value and (value < least or set(args.purifier) == {"none"}):
             raise ValueError(f"--{name} {value}: needs >= {least} and a purifier other than none")
     options = dict(t_star=args.t_star, nfe=args.nfe, clip=not args.no_clip, variance=args.variance)
+    options["noise_removal"] = args.noise_removal
+    if args.noise_removal and not any(name.startswith("vp-sde") for name in args.purifier):
+        raise ValueError("--noise-removal: is for --purifier vp-sde and vp-sde-corrector")
     for sampler in args.purifier:  # all refused before any is run
         PurifiedClassifier(nn.Identity(), NoiseSchedule(), nn.Identity(), sampler, **options)
     return args, options
@@ -331,14 +341,15 @@ def main():
     total = len(range(args.n)[rank::world]) * len(runs)
     with tqdm(total=total, desc="attack", unit="img", disable=rank > 0) as bar:
         for run in runs:
-            name, sampler, *_ = run
+            name, sampler, knowledge, _ = run
             model, size, _ = models[name]
             net = PurifiedClassifier(
                 model, schedule, classifier, sampler, strict=False, **options
             )  # the attacks clamp
             rows = run_attack(net, data[size], args, run, where, bar, done)
             row = dict(zip(("checkpoint", "purifier", "knowledge", "norm"), run))
-            row |= dict(calls=done.of(run)["calls"]) | summarise(rows)
+            eot = len(noises(amounts_to(knowledge, sampler), args.seed, None, 0, args.eot))
+            row |= dict(calls=done.of(run)["calls"], eot=eot) | summarise(rows)
             row["seconds"] = done.of(run)["seconds"]
             record.append(row)
             if rank == 0:
@@ -351,7 +362,7 @@ def main():
         styles = outputs.styles(methods)
         purify_figures.plot(record, args, styles, out / "purify.png")
         figures = draw_figures(args, options, models, classifier, data, styles, out, device)
-        settings = ["n", "attack", "pgd", "eot", "data", "classifier", "evaluations"]
+        settings = ["n", "attack", "pgd", "data", "classifier", "evaluations"]
         settings = {name: getattr(args, name) for name in settings} | options
         violated = sum(len(row["violated"]) for row in record)
         settings |= dict(world=world, runs=record, violated=violated) | figures

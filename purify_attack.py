@@ -1,6 +1,6 @@
 """PGD on a purified classifier, and what it may know of the noise of the evaluation (P2).
 
-    x_adv, checks = pgd(net, x, y, lambda k: noises("white", seed, index, k, eot=10))
+    x_adv, checks = pgd(net, x, y, lambda k: noises("white", seed, index, k))
 
 The attack is PGD on the cross-entropy from a zero start, with exact gradients through the whole
 chain of purification.PurifiedClassifier, averaged over draws of the noise (EoT). What it knows of
@@ -24,9 +24,11 @@ UNSEEN = 2**20  # draws from here on are the attack's own; twice that: choose be
 # draws of the noise
 
 
-def noises(knowledge, seed, index, k, eot=1):
+def noises(knowledge, seed, index, k, eot=None):
     """The draws, known or fresh, over which step k of the attack averages; the evaluation's first
-    is draw 0."""
+    is draw 0. eot: the number of fresh ones; default 10, under fwd 1, as in P2's code."""
+    if eot is None:
+        eot = 1 if knowledge == "fwd" else 10
     if knowledge in ("both", "no noise"):
         return [image_draws(seed, index)]
     if knowledge.startswith("semi-"):

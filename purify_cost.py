@@ -60,7 +60,6 @@ def passes_of_attack(argv):
         steps = args.pgd
         if args.attack == "aa-rand":  # two attacks, one more gradient each; libraries loop over EoT
             steps = 2 * (args.pgd + 1)
-            draws = args.eot
         judged = 4 * args.evaluations + 2 * draws
         each = calls(sampler, args.nfe) * (PASSES * steps * draws + judged)
         found[sampler] = found.get(sampler, 0) + args.n * each

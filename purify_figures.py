@@ -85,7 +85,8 @@ def plot(record, args, styles, path):
         handles.append(plt.Rectangle((0, 0), 1, 1, color=colour, label=", ".join(kind)))
     fig.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     attack = {"pgd": "PGD", "aa-rand": "AutoAttack-rand"}[args.attack]
-    title = f"Purification under {attack}-{args.pgd}, EoT-{args.eot}, n = {args.n}"
+    draws = max(row["eot"] for row in record)
+    title = f"Purification under {attack}-{args.pgd}, EoT-{draws}, n = {args.n}"
     fig.suptitle(title, fontsize=11)
     fig.savefig(path, dpi=120)
     plt.close(fig)
@@ -178,8 +179,9 @@ def landscape(net, x, y, args):
     """
     index = torch.arange(len(x), device=x.device)
     known = noises("both", args.seed, index, 0)
+    draws = len(noises("white", args.seed, index, 0, args.eot))
     ways = {
-        f"White-box EoT-{args.eot}": attack_path(net, x, y, index, args, "white", args.eot),
+        f"White-box EoT-{draws}": attack_path(net, x, y, index, args, "white", draws),
         "all noise known (DW)": attack_path(net, x, y, index, args, "both", 1),
     }
     white, both = (way[-1] for way in ways.values())
@@ -209,9 +211,10 @@ def trajectories(net, x, y, args):
     x, y = x[:1].repeat(REPEATS, 1, 1, 1), y[:1].repeat(REPEATS)
     index = torch.arange(REPEATS, device=x.device)  # of its noise: five evaluations
     known = noises("both", args.seed, index, 0)
+    draws = len(noises("white", args.seed, index, 0, args.eot))
     ways = {
         "White-box EoT-1": attack_path(net, x, y, index, args, "white", 1),
-        f"White-box EoT-{args.eot}": attack_path(net, x, y, index, args, "white", args.eot),
+        f"White-box EoT-{draws}": attack_path(net, x, y, index, args, "white", draws),
         "all noise known (DW)": attack_path(net, x, y, index, args, "both", 1),
     }
     points = torch.stack(list(ways.values())).flatten(3)  # (ways, K + 1, REPEATS, pixels)

@@ -326,7 +326,7 @@ def read_rows(found):
         if argv[0] == "purify.py" and finished(done):
             record = json.loads(done.read_text())
             for row in record["runs"]:
-                rows.append(row | dict(folder=done.parent.name, eot=row.get("eot")))
+                rows.append(row | dict(folder=done.parent.name))
     return rows
 
 

@@ -163,6 +163,17 @@ def test_vp_sde_tends_to_ddpm():
     assert errors[1] < 0.003 and 3 < errors[0] / errors[1] < 9
 
 
+def test_vp_sde_with_and_without_the_noise_of_the_last_step():
+    """DiffPure's last step, from t = 0, is mean + sqrt(beta_0) z; P2's code returns the mean."""
+    for sampler in ("vp-sde", "vp-sde-corrector"):
+        x, noise = draw(2, 3, 6, 6), image_draws(3, torch.arange(2))
+        kept, removed = (
+            purifier(sampler, noise_removal=flag).purify(x, noise) for flag in (False, True)
+        )
+        beta = -math.log(1 - SCHEDULE.betas[0])
+        torch.testing.assert_close(kept - removed, math.sqrt(beta) * noise(1 + 2 * 5, x))
+
+
 def test_corrector_step_has_the_signal_to_noise_ratio():
     """Song et al. (2021), Alg. 5: x + size score + sqrt(2 size) z with |size score| = snr sqrt(alpha_t) |sqrt(2 size) z|."""
     eps, seen = draw(2, 3, 6, 6, seed=7), []
@@ -282,6 +293,37 @@ def test_known_noise_of_another_number_of_images_is_refused():
     for index in (INDEX[:1], INDEX[:2]):
         with pytest.raises(ValueError, match=r"known noise of \d images for 3"):
             purifier()(images(), image_draws(0, index))
+
+
+def test_draws_per_step_by_default():
+    """P2's code: EoT 10, but 1 with the noise of the forward step known; what is asked for counts."""
+    asked = {"white": (10, 4), "fwd": (1, 4), "both": (1, 1), "semi-3": (3, 3), "no noise": (1, 1)}
+    for knowledge, numbers in asked.items():
+        draws = [purify_attack.noises(knowledge, 0, INDEX, 0, eot) for eot in (None, 4)]
+        assert tuple(len(d) for d in draws) == numbers
+
+
+@pytest.mark.parametrize("sampler, single", [("ddim", True), ("edm-ode", True), ("ddpm", False)])
+def test_equal_draws_are_one(sampler, single):
+    """With no noise on the way back, DW_Fwd knows all: one draw, not ten, and DW_Both's numbers."""
+    calls = []
+
+    class Counted(PurifiedClassifier):
+        def forward(self, x, noise=None):
+            calls.append(len(x))
+            return super().forward(x, noise)
+
+    x, y = images(), INDEX % 2
+    net = Counted(Eps(), SCHEDULE, linear(), sampler, nfe=2)
+    args = settings(eot=3, pgd=2, evaluations=4)
+    rows = [purify.evaluate(net, x, y, INDEX, args, know, "linf") for know in ("fwd", "both")]
+    # attack, losses of start and end, robust and clean, and for `selected` 2 + 1, or 2 x 4 + 4
+    one = 2 + 2 + 2 + 3
+    many = 2 * 3 + 2 * 3 + 2 + 12
+    assert len(calls) == one + (one if single else many)
+    equal = [torch.equal(rows[0][name], rows[1][name]) for name in ("start", "end", "selected")]
+    assert all(equal) if single else not all(equal)
+    assert purify.amounts_to("white", sampler) == "white"
 
 
 def test_what_the_attack_knows():
@@ -754,6 +796,7 @@ def test_command_refuses_bad_input(capsys, files, tmp_path):
     assert "--t-star 1000" in refuse("--t-star", 1000)
     assert "--landscape 1" in refuse("--landscape", 1)
     assert "--figures 2" in refuse("--figures", 2, "--purifier", "none")
+    assert "--noise-removal" in refuse("--noise-removal", "--purifier", "ddpm")
     assert "two checkpoints lie in a folder a" in refuse(
         "--ckpt", files / "a/ckpt.pt", files / "a/ckpt.pt"
     )
