@@ -34,7 +34,7 @@ class Recorder(nn.Module):
 def value(knowledge, index, k=0, j=0):
     """The first number of the noise of Eq. 2 that noises() gives."""
     x = images().float()[: len(index)]
-    return noises(knowledge, 0, index, k)[j](0, x).flatten(1)[:, 0].double()
+    return noises(knowledge, 0, index, k, 1)[j](0, x).flatten(1)[:, 0].double()
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "gdmp", "edm-sde"])
