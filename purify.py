@@ -220,8 +220,6 @@ def parse(argv=None):
     add("--resume", action="store_true", help="continue in --out, with the images that are left")
     add("--out", default="purify")
     args = parser.parse_args(argv)
-    if args.attack == "aa-rand":
-        library_attack.package()
     for name, value in ATTACKS[args.attack].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -330,8 +328,10 @@ def main():
     if args.n < world:
         raise ValueError(f"--n {args.n}: fewer than the {world} processes")
     dtype = runtime.precision(device, args.amp)  # refuses what the device cannot do
-    if args.attack == "aa-rand" and dtype == torch.float16:  # the library scales no gradient
-        raise ValueError("--attack aa-rand: its gradients vanish in fp16; use --amp bf16 or fp32")
+    if args.attack == "aa-rand":
+        library_attack.package()
+        if dtype == torch.float16:  # the library scales no gradient
+            raise ValueError("--attack aa-rand: gradients vanish in fp16; use --amp bf16 or fp32")
     models, classifier, data = load(args, device, world)
     out = outputs.claim(args.out) if rank == 0 else Path(args.out)
     schedule = NoiseSchedule().to(device)

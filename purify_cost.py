@@ -18,6 +18,7 @@ import training
 from losses import NoiseSchedule
 from purification import PurifiedClassifier
 from purify_attack import noises
+from runner import finished
 from unet import PRESETS, UNet
 
 PASSES = 3  # of a gradient, and of a training step
@@ -42,7 +43,12 @@ def flops(kind, name, size):
 @functools.cache
 def calls(sampler, nfe):
     """Network calls of one purification, counted on an image of one number."""
-    net = PurifiedClassifier(lambda x, t: x, NoiseSchedule(), nn.Identity(), sampler, nfe=nfe)
+
+    def model(x, t):
+        return x
+
+    model.real_t = True  # as UNet
+    net = PurifiedClassifier(model, NoiseSchedule(), nn.Identity(), sampler, nfe=nfe)
     with torch.no_grad():
         net.purify(torch.zeros(1, 1, 1, 1))
     return net.calls
@@ -93,12 +99,31 @@ def cost_of(argv, model, image, wrn):
         return 0, steps * PASSES * flops("classifier", value_of(flags, "--model"), image)
     addt = "addt" in flags
     large = model not in ("tiny", "mini")
-    iters = int(value_of(flags, "--iters", training.ADDT_DDPM["iters"] if addt else 800_000))
+    usual = training.ADDT_DDPM["iters"] if addt else 500_000 if model == "ddpm64" else 800_000
+    iters = int(value_of(flags, "--iters", usual))
     batch = (training.ADDT_DDPM["batch_size"] if addt else 128) if large else 64
     guided = 5 if addt and value_of(flags, "--addt-guide") != "none" else 0
     passes = iters * batch * (PASSES + 2 * guided)
     guide = iters * batch * 2 * guided * flops("classifier", wrn, image)
     return passes, passes * one + (guide if "--classifier" in flags else 0)
+
+
+def lines_of(todo, size):
+    """-> lines: forward passes and FLOP of the commands that are left, by script, and of all. size: of
+    reproduce_purify.SIZES."""
+    left = {}
+    for done, argv in todo:
+        if finished(done, argv):
+            continue
+        tiny = "tiny-imagenet" in argv
+        model, image = ("ddpm64", 64) if tiny else (size["model"], size["image"])
+        passes, flop = cost_of(argv, model, image, size["wrn"])
+        before = left.get(argv[0], (0, 0, 0))
+        left[argv[0]] = (before[0] + 1, before[1] + passes, before[2] + flop)
+    lines = []
+    for script, (count, passes, flop) in left.items():
+        lines.append(f"{script}: {count} commands, {passes:.3g} forward passes, {in_words(flop)}")
+    return [*lines, f"in all: {in_words(sum(flop for *_, flop in left.values()))}"]
 
 
 def in_words(flop):

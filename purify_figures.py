@@ -153,6 +153,33 @@ def plot_directions(curves, sampler, styles, path):
     plt.close(fig)
 
 
+def plot_sweeps(rows, path):
+    """Of reproduce_purify.py: robust accuracy against EoT (Fig. 7) and against NFE (Tables 3, 10, Fig. 9), 95 % intervals."""
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    panels = (("eot-sweep-", "draws averaged (EoT)"), ("nfe-", "network calls"))
+    for ax, (prefix, label) in zip(axes, panels):
+        lines = {}
+        for row in rows:
+            if row["norm"] != "linf" or not row["folder"].startswith(prefix):
+                continue
+            at = row["calls"] if prefix == "nfe-" else int(row["folder"].removeprefix(prefix))
+            key = f"{row['checkpoint']}, {row['purifier']}, {row['knowledge']}"
+            lines.setdefault(key, []).append((at, row))
+        for key, points in lines.items():
+            points = sorted(points, key=lambda point: point[0])
+            at = [x for x, _ in points]
+            robust = [100 * row["robust"] for _, row in points]
+            ends = np.array([row["robust_ci"] for _, row in points]).T * 100
+            error = np.abs(ends - robust)
+            ax.errorbar(at, robust, error, marker="o", markersize=4, capsize=2, label=key)
+        ax.set(xlabel=label, ylabel="robust accuracy (%), l_inf", xscale="log", ylim=(0, 100))
+        ax.grid(alpha=0.3)
+        if lines:
+            ax.legend(fontsize=7)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
 # --------------------------------------------------------------------------------------------------
 # the way of an attack
 

@@ -1,7 +1,7 @@
 """The tables and figures of P2 as one list of commands: `reproduce.py purify`.
 
     python reproduce.py purify toy --data folder:cifar10/train --test folder:cifar10/test   # a CPU
-    python reproduce.py purify full --data cifar10 --inception-weights PATH         # many GPU-weeks
+    python reproduce.py purify full --data cifar10 --inception-weights PATH         # 8 days of an H100
     python reproduce.py purify full --ddpm ddpm-cifar10-32/ --classifiers torchvision:vgg16:PATH
     python reproduce.py purify full --dry-run      # the commands, what they are for, what they cost
 
@@ -17,17 +17,12 @@ import json
 import time
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-
+import library_attack
 import outputs
 import purify_cost
 import runtime
-from purify_figures import percent
+from purify_figures import percent, plot_sweeps
 from runner import add_arguments, check, finished, run_all
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 SIZES = {
     "toy": dict(
@@ -41,7 +36,8 @@ SIZES = {
         autoattack="--n 8 --batch-size 8 --pgd 4 --eot 2 --evaluations 4".split(),
         nfe=(5, 2),  # the first is everywhere else
         eot=(1, 4),
-        figures="--n 8 --batch-size 8 --pgd 3 --eot 2 --figures 4 --landscape 4".split(),
+        few="--n 8 --batch-size 8 --pgd 3".split(),
+        figures="--eot 2 --figures 4 --landscape 4".split(),
         semi="semi-4",
         fid="--n 64 --sampler ddpm --steps 20 --no-png".split(),
         other_sets=(),
@@ -58,7 +54,8 @@ SIZES = {
         autoattack="--n 512 --batch-size 128 --eot-batch 2".split(),
         nfe=(100, 50, 20, 10, 5),
         eot=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
-        figures="--n 128 --batch-size 128 --figures 512 --landscape 21".split(),
+        few="--n 128 --batch-size 128".split(),
+        figures="--figures 512 --landscape 21".split(),
         semi="semi-128",
         fid="--n 50000 --sampler ddpm --steps 1000 --no-png".split(),
         other_sets=("cifar100", "tiny-imagenet"),
@@ -171,9 +168,9 @@ def commands(args):
     found.purify("eot-1", ["Table 1"], ["ddpm"], some, WHITE, attack=once)
     labels = ["Fig. 1", "Fig. 3", "Fig. 7", "Fig. 8"]
     three = ["--knowledge", "white", "both", size["semi"]]
-    found.purify("figures", labels, pair, ["ddpm"], three, attack=size["figures"])
+    found.purify("figures", labels, pair, ["ddpm"], three, attack=[*size["few"], *size["figures"]])
     for eot in size["eot"]:
-        few = [*size["figures"][:4], "--eot", str(eot)]
+        few = [*size["few"], "--eot", str(eot)]
         found.purify(f"eot-sweep-{eot}", ["Fig. 7"], ["ddpm"], ["ddpm"], WHITE, attack=few)
     for nfe in size["nfe"][1:]:
         two = ["ddpm", "ddim"]
@@ -293,29 +290,9 @@ def purposes(found):
                 lines.append(f"{name}: {', '.join(folders)}")
             else:
                 lines.append(f"{name}: not run: {NOT_RUN[name]}")
-    if not found.args.classifiers:
+    if found.args.size == "full" and not found.args.classifiers:
         lines.append("Table 4: without VGG-16, ResNet-50, ViT-B: give them as --classifiers")
     lines.append("Table 2: without COUP, of which P2 says nothing but the name")
-    return lines
-
-
-def costs(found):
-    """-> lines: forward passes and FLOP of what is left, by script, and of all."""
-    size = found.size
-    left = {}
-    for done, argv in found.todo:
-        if finished(done, argv):
-            continue
-        tiny = "tiny-imagenet" in argv
-        model, image = ("ddpm64", 64) if tiny else (size["model"], size["image"])
-        passes, flop = purify_cost.cost_of(argv, model, image, size["wrn"])
-        before = left.get(argv[0], (0, 0, 0))
-        left[argv[0]] = (before[0] + 1, before[1] + passes, before[2] + flop)
-    lines = []
-    for script, (count, passes, flop) in left.items():
-        words = purify_cost.in_words(flop)
-        lines.append(f"{script}: {count} commands, {passes:.3g} forward passes, {words}")
-    lines.append(f"in all: {purify_cost.in_words(sum(flop for *_, flop in left.values()))}")
     return lines
 
 
@@ -355,33 +332,6 @@ def table(found, rows):
     return lines + ["", "Table 7: " + "; ".join(scores)] if scores else lines
 
 
-def sweeps(rows, path):
-    """Robust accuracy against EoT (Fig. 7) and against NFE (Tables 3, 10, Fig. 9), 95 % intervals."""
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    panels = (("eot-sweep-", "draws averaged (EoT)"), ("nfe-", "network calls"))
-    for ax, (prefix, label) in zip(axes, panels):
-        lines = {}
-        for row in rows:
-            if row["norm"] != "linf" or not row["folder"].startswith(prefix):
-                continue
-            at = row["calls"] if prefix == "nfe-" else int(row["folder"].removeprefix(prefix))
-            key = f"{row['checkpoint']}, {row['purifier']}, {row['knowledge']}"
-            lines.setdefault(key, []).append((at, row))
-        for key, points in lines.items():
-            points = sorted(points, key=lambda point: point[0])
-            at = [x for x, _ in points]
-            robust = [100 * row["robust"] for _, row in points]
-            ends = np.array([row["robust_ci"] for _, row in points]).T * 100
-            error = np.abs(ends - robust)
-            ax.errorbar(at, robust, error, marker="o", markersize=4, capsize=2, label=key)
-        ax.set(xlabel=label, ylabel="robust accuracy (%), l_inf", xscale="log", ylim=(0, 100))
-        ax.grid(alpha=0.3)
-        if lines:
-            ax.legend(fontsize=7)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
-
-
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         prog="reproduce.py purify",
@@ -405,16 +355,20 @@ def parse_args(argv):
 def main(argv):
     args = parse_args(argv)
     if not args.dry_run:
+        library_attack.package()
         outputs.claim(args.out)
     started = time.time()
     found = commands(args)
-    print("\n".join([*purposes(found), "", *costs(found), ""]), flush=True)
+    print(
+        "\n".join([*purposes(found), "", *purify_cost.lines_of(found.todo, found.size), ""]),
+        flush=True,
+    )
     if not run_all(found.todo, args):
         return
     rows = read_rows(found)
     lines = table(found, rows)
     (Path(args.out) / "table.md").write_text("\n".join(lines) + "\n")
-    sweeps(rows, Path(args.out) / "sweeps.png")
+    plot_sweeps(rows, Path(args.out) / "sweeps.png")
     todo = len(found.todo)
     runtime.write_metrics(args.out, started, seed=args.seed, device="cpu", n=todo, table=lines)
     print("\n".join(lines))
