@@ -217,6 +217,38 @@ def test_gdmp_guidance():
     assert torch.equal(plain, off) and (on - x0).norm() < 0.9 * (off - x0).norm()
 
 
+@pytest.mark.parametrize("kind", ["mse", "ssim"])
+def test_gdmp_pull_is_the_gradient_times_the_variance(kind):
+    """Added to DDPM's step: - scale s_t beta numel / 2 grad_x_t (MSE or 1 - SSIM) against the given
+    image, diffused to the same t, with s_t = sqrt((1 - abar) / abar)."""
+    x, noise = 2 * images(shape=(3, 12, 12)) - 1, image_draws(0, INDEX)
+
+    def inputs(sampler):
+        """x_t at t = 36 and at t = 0."""
+        seen = []
+
+        def model(x_t, t):
+            seen.append(x_t)
+            return 0.3 * x_t
+
+        net = purifier(sampler, model, t_star=36, nfe=1, rounds=1, scale=40.0)
+        net.purify(x, noise)
+        return seen
+
+    x_t, after = inputs("gdmp")
+    x_t.requires_grad_()
+    abar, abar_prev = SCHEDULE.alphas_bar[36], SCHEDULE.alphas_bar[0]
+    guide = abar.sqrt() * x + (1 - abar).sqrt() * noise(2, x)
+    if kind == "mse":
+        distance = (x_t - guide).square().flatten(1).mean(1)
+    else:
+        distance = 1 - purification.ssim(x_t, guide)
+    (gradient,) = torch.autograd.grad(distance.sum(), x_t)
+    variance = 1 - abar / abar_prev
+    moved = -40 * ((1 - abar) / abar).sqrt() * variance * 432 / 2 * gradient
+    torch.testing.assert_close(inputs(f"gdmp-{kind}")[1], after + moved)
+
+
 def test_known_and_unknown_noise():
     net, x = purifier(), images()
     both, fwd = image_draws(0, INDEX), image_draws(0, INDEX, draw=9, forward=0)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from purifiers import INDEX, SCHEDULE, Eps, Function, draw, images, linear, purifier, settings
 from torch import nn
 
@@ -107,6 +108,45 @@ def test_pgd_keeps_to_the_ball_and_the_box(norm):
     size = (x_adv - x).flatten(1).norm(dim=1, p=math.inf if norm == "linf" else 2)
     assert x_adv.min() >= 0 and x_adv.max() <= 1 and (size > 0.01).all()
     assert (size <= purify_attack.NORMS[norm][0] + 1e-9).all() and not checks["outside"].any()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_pgd_as_in_p2(norm):
+    """P2's loop written a second time, on curved networks with the draws that were used: gradients of
+    the mean cross-entropy summed over the draws of a step, from delta = 0, in the ball, in the box."""
+    used = []
+
+    class Recording(PurifiedClassifier):
+        def forward(self, x, noise=None):
+            if x.requires_grad:
+                used.append(noise)
+            return super().forward(x, noise)
+
+    curved = nn.Sequential(linear(), nn.Tanh(), nn.Linear(2, 2).double())
+    net = Recording(Eps(), SCHEDULE, curved, "ddpm", nfe=2)
+    x, y = images(), INDEX % 2
+    x[0, :, :2], x[1, :, 2:4] = 0.0, 1.0
+
+    def draws(k):
+        return purify_attack.noises("white", 0, INDEX, k, 3)
+
+    x_adv, _ = purify_attack.pgd(net, x, y, draws, norm, 6)
+    delta = torch.zeros_like(x)
+    recorded = list(used)
+    assert len(recorded) == 6 * 3
+    for k in range(6):
+        delta.requires_grad_()
+        losses = [F.cross_entropy(net(x + delta, z), y) for z in recorded[3 * k : 3 * k + 3]]
+        (total,) = torch.autograd.grad(sum(losses), delta)
+        if norm == "linf":
+            delta = (delta.detach() + 2 / 255 * total.sign()).clamp(-8 / 255, 8 / 255)
+        else:
+            size = total.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            delta = delta.detach() + 0.1 * total / size
+            size = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            delta = torch.where(size > 0.5, 0.5 * delta / size, delta)
+        delta = torch.max(torch.min(delta, 1 - x), -x)
+    torch.testing.assert_close(x_adv, x + delta)
 
 
 def test_eot_averages_gradients():
