@@ -265,7 +265,7 @@ def test_devices_of_a_purifier_under_attack(gpu, sampler, monkeypatch):
         network(), NoiseSchedule().to(CUDA), classifier(), sampler, t_star=2, nfe=2, rounds=1
     )
     x, y = images(1)[0], torch.zeros(B, dtype=torch.int64, device=CUDA)
-    args = SimpleNamespace(seed=0, pgd=1, eot=1, eot_batch=1, evaluations=1)
+    args = SimpleNamespace(seed=0, pgd=1, eot=1, eot_batch=1, evaluations=1, attack="pgd")
     row = purify.evaluate(net, x, y, torch.arange(B), args, "white", "l2")
     assert row["robust"].device == CUDA
 

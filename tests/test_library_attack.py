@@ -6,7 +6,8 @@ import json
 import cli
 import pytest
 import torch
-from test_purify import INDEX, SCHEDULE, Eps, draw, files, images, linear, purifier  # noqa: F401
+from purifiers import INDEX, SCHEDULE, Eps, draw, images, linear, purifier
+from test_purify import files  # noqa: F401
 from torch import nn
 
 import library_attack

@@ -1,7 +1,5 @@
-"""purification.py, purify.py: exact gradients, known noise, every sampler on Gaussian data, attacks
-in closed form, the command."""
+"""purification.py: exact gradients, known noise, every sampler on Gaussian data; purify.py: the command."""
 
-import argparse
 import json
 import math
 
@@ -9,67 +7,19 @@ import cli
 import numpy as np
 import pytest
 import torch
+from purifiers import INDEX, SCHEDULE, Eps, draw, images, purifier
 from torch import nn
 
 import purification
 import purify
 import purify_attack
 from classifier import WideResNet
-from data import image_noise
-from losses import NoiseSchedule
-from purification import PurifiedClassifier, image_draws, purification_timesteps
-from purify_attack import gradient_of, loss_of, over_draws
+from purification import image_draws, purification_timesteps
 from runtime import save_checkpoint
 from samplers import ddpm_sample, edm_follow, heun_sample
 from unet import UNet
 
-SCHEDULE = NoiseSchedule()
-INDEX = torch.arange(3)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-class Eps(nn.Module):
-    """A small smooth eps-network, float64."""
-
-    real_t = True
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(3, 3, 3, padding=1).double()
-
-    def forward(self, x, t):
-        return 0.6 * x + torch.tanh(self.conv(x) + t.view(-1, 1, 1, 1) / 1000)
-
-
-class Function(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.forward = function
-
-
-def linear(shape=(3, 6, 6), seed=4):
-    net = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 2)).double()
-    net[1].weight.data = draw(2, math.prod(shape), seed=seed)
-    return net
-
-
-def purifier(sampler="ddpm", model=None, classifier=None, **kw):
-    if sampler != "none":
-        kw = dict(nfe=5) | kw
-    return PurifiedClassifier(model or Eps(), SCHEDULE, classifier or linear(), sampler, **kw)
-
-
-def images(n=3, shape=(3, 6, 6)):
-    return 0.1 + 0.8 * torch.rand(
-        n, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
-
-
-# the purifier --------------------------------------------------------------------------------------------------------
+# the purifier ---------------------------------------------------------------------------------------------------------
 
 
 def test_timesteps():
@@ -266,6 +216,38 @@ def test_gdmp_guidance():
     assert torch.equal(plain, off) and (on - x0).norm() < 0.9 * (off - x0).norm()
 
 
+@pytest.mark.parametrize("kind", ["mse", "ssim"])
+def test_gdmp_pull_is_the_gradient_times_the_variance(kind):
+    """Added to DDPM's step: - scale s_t beta numel / 2 grad_x_t (MSE or 1 - SSIM) against the given
+    image, diffused to the same t, with s_t = sqrt((1 - abar) / abar)."""
+    x, noise = 2 * images(shape=(3, 12, 12)) - 1, image_draws(0, INDEX)
+
+    def inputs(sampler):
+        """x_t at t = 36 and at t = 0."""
+        seen = []
+
+        def model(x_t, t):
+            seen.append(x_t)
+            return 0.3 * x_t
+
+        net = purifier(sampler, model, t_star=36, nfe=1, rounds=1, scale=40.0)
+        net.purify(x, noise)
+        return seen
+
+    x_t, after = inputs("gdmp")
+    x_t.requires_grad_()
+    abar, abar_prev = SCHEDULE.alphas_bar[36], SCHEDULE.alphas_bar[0]
+    guide = abar.sqrt() * x + (1 - abar).sqrt() * noise(2, x)
+    if kind == "mse":
+        distance = (x_t - guide).square().flatten(1).mean(1)
+    else:
+        distance = 1 - purification.ssim(x_t, guide)
+    (gradient,) = torch.autograd.grad(distance.sum(), x_t)
+    variance = 1 - abar / abar_prev
+    moved = -40 * ((1 - abar) / abar).sqrt() * variance * 432 / 2 * gradient
+    torch.testing.assert_close(inputs(f"gdmp-{kind}")[1], after + moved)
+
+
 def test_known_and_unknown_noise():
     net, x = purifier(), images()
     both, fwd = image_draws(0, INDEX), image_draws(0, INDEX, draw=9, forward=0)
@@ -295,62 +277,6 @@ def test_known_noise_of_another_number_of_images_is_refused():
             purifier()(images(), image_draws(0, index))
 
 
-def test_draws_per_step_by_default():
-    """P2's code: EoT 10, but 1 with the noise of the forward step known; what is asked for counts."""
-    asked = {"white": (10, 4), "fwd": (1, 4), "both": (1, 1), "semi-3": (3, 3), "no noise": (1, 1)}
-    for knowledge, numbers in asked.items():
-        draws = [purify_attack.noises(knowledge, 0, INDEX, 0, eot) for eot in (None, 4)]
-        assert tuple(len(d) for d in draws) == numbers
-
-
-@pytest.mark.parametrize("sampler, single", [("ddim", True), ("edm-ode", True), ("ddpm", False)])
-def test_equal_draws_are_one(sampler, single):
-    """With no noise on the way back, DW_Fwd knows all: one draw, not ten, and DW_Both's numbers."""
-    calls = []
-
-    class Counted(PurifiedClassifier):
-        def forward(self, x, noise=None):
-            calls.append(len(x))
-            return super().forward(x, noise)
-
-    x, y = images(), INDEX % 2
-    net = Counted(Eps(), SCHEDULE, linear(), sampler, nfe=2)
-    args = settings(eot=3, pgd=2, evaluations=4)
-    rows = [purify.evaluate(net, x, y, INDEX, args, know, "linf") for know in ("fwd", "both")]
-    # attack, losses of start and end, robust and clean, and for `selected` 2 + 1, or 2 x 4 + 4
-    one = 2 + 2 + 2 + 3
-    many = 2 * 3 + 2 * 3 + 2 + 12
-    assert len(calls) == one + (one if single else many)
-    equal = [torch.equal(rows[0][name], rows[1][name]) for name in ("start", "end", "selected")]
-    assert all(equal) if single else not all(equal)
-    assert purify.amounts_to("white", sampler) == "white"
-
-
-def test_what_the_attack_knows():
-    def values(knowledge, k, **kw):
-        return [
-            noise(1, images()).double()
-            for noise in purify_attack.noises(knowledge, 0, INDEX, k, **kw)
-        ]
-
-    evaluation = image_draws(0, INDEX)(1, images())
-    assert torch.equal(values("both", 0)[0], evaluation) and torch.equal(
-        values("both", 5)[0], evaluation
-    )
-    semi = values("semi-3", 2)
-    assert (
-        len(semi) == 3
-        and torch.equal(semi[0], evaluation)
-        and torch.equal(semi[2], values("semi-3", 0)[2])
-    )
-    for knowledge in ("white", "fwd"):
-        fresh = [v for k in range(3) for v in values(knowledge, k, eot=2)] + [evaluation]
-        assert len({v.sum().item() for v in fresh}) == 7
-    assert torch.equal(
-        *(purify_attack.noises(k, 0, INDEX, 1)[0](0, images()) for k in ("fwd", "both"))
-    )
-
-
 def test_input_outside_the_unit_interval_is_refused():
     net = purifier()
     for bad in (2 * images() - 1, 255 * images(), images() * math.nan, images()[0]):
@@ -367,93 +293,6 @@ def test_input_outside_the_unit_interval_is_refused():
             purifier(**kw)
 
 
-# the attack ----------------------------------------------------------------------------------------------------------
-
-
-def test_pgd_on_a_linear_classifier():
-    """Two classes: the gradient's direction never changes, so the end is at the border of the ball and of the box."""
-    classifier, y = linear(), torch.tensor([0, 1, 0])
-    net, x = purifier("none", classifier=classifier), images()
-    x[0, 0, 0, :3], x[1, 1, 1, :3] = 0.0, 1.0
-    w = (classifier[1].weight[1] - classifier[1].weight[0]).view(3, 6, 6).detach()
-    way = torch.stack([w, -w, w])
-    x_adv, checks = purify_attack.pgd(net, x, y, lambda k: [None], "linf", steps=5)
-    torch.testing.assert_close(x_adv, (x + 8 / 255 * way.sign()).clamp(0, 1))
-    assert (
-        not checks["outside"].any()
-        and checks["rises"].all()
-        and not checks["zero"].any()
-        and not checks["nonfinite"].any()
-    )
-    x = images() * 0.2 + 0.4  # away from the box
-    x_adv, checks = purify_attack.pgd(net, x, y, lambda k: [None], "l2", steps=7)
-    torch.testing.assert_close(x_adv, x + 0.5 * way / w.norm())
-    assert not checks["outside"].any() and checks["rises"].all()
-    few, _ = purify_attack.pgd(net, x, y, lambda k: [None], "l2", steps=3)
-    torch.testing.assert_close(few, x + 0.3 * way / w.norm())
-
-
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_pgd_keeps_to_the_ball_and_the_box(norm):
-    x = images().round()  # on the border of the box
-    x_adv, checks = purify_attack.pgd(
-        purifier(),
-        x,
-        INDEX % 2,
-        lambda k: purify_attack.noises("white", 0, INDEX, k, 2),
-        norm,
-        steps=8,
-    )
-    size = (x_adv - x).flatten(1).norm(dim=1, p=math.inf if norm == "linf" else 2)
-    assert x_adv.min() >= 0 and x_adv.max() <= 1 and (size > 0.01).all()
-    assert (size <= purify_attack.NORMS[norm][0] + 1e-9).all() and not checks["outside"].any()
-
-
-def test_eot_averages_gradients():
-    net, x, draws = purifier(), images(), [image_draws(0, INDEX, d) for d in range(3)]
-    both = over_draws(gradient_of, net, x, INDEX % 2, draws)
-    each = [over_draws(gradient_of, net, x, INDEX % 2, [d]) for d in draws]
-    torch.testing.assert_close(both, sum(each) / 3)
-
-
-@pytest.mark.parametrize("eot_batch", [2, 3, 7])
-@pytest.mark.parametrize("knowledge", ["white", "fwd", "semi-4"])
-def test_batched_draws_are_the_draws(knowledge, eot_batch):
-    """5 draws (of semi 4) in one larger batch, or in some: the loss, its gradient and the hits are those of single draws."""
-    net, x, y = purifier("vp-sde-corrector"), images(), INDEX % 2
-    draws = purify_attack.noises(knowledge, 0, INDEX, 1, 5)
-    for quantity in (loss_of, gradient_of):
-        one = over_draws(quantity, net, x, y, draws)
-        many = over_draws(quantity, net, x, y, draws, eot_batch)
-        torch.testing.assert_close(many, one, rtol=1e-9, atol=1e-12)
-    hits = [
-        purify_attack.correct(net, x, y, 0, INDEX, knowledge, range(4), b) for b in (1, eot_batch)
-    ]
-    assert torch.equal(*hits)
-
-
-def test_noise_is_a_function_of_seed_image_draw_and_number():
-    """As data.image_noise gives it; also for a seed beyond 64 bits, of which the lower 64 count."""
-    x = images()
-    for seed in (0, 3, 2**63 + 5, 2**70 + 3):
-        want = image_noise(seed + (8 << 32), INDEX, 4, x.shape[1:]).double()
-        assert torch.equal(image_draws(seed, INDEX, 7)(4, x), want)
-
-
-def test_gradient_survives_float16():
-    """A classifier that runs in float16 and is sure: its gradients, about 1e-9, would be 0 there."""
-    w = (0.01 * draw(2, 108)).half()
-
-    def classifier(x):
-        return x.flatten(1).half() @ w.T + torch.tensor([[14.0, 0], [0, 14], [14, 0]]).half()
-
-    net = PurifiedClassifier(nn.Identity(), SCHEDULE, Function(classifier), "none")
-    grad = over_draws(gradient_of, net, images().float(), INDEX % 2, [None]).double()
-    way = torch.stack([w[1] - w[0], w[0] - w[1], w[1] - w[0]]).double()
-    assert torch.cosine_similarity(grad.flatten(1), way, dim=1).min() > 0.99
-    assert (grad.abs().amax((1, 2, 3)) < 1e-6).all()  # not scaled
-
-
 def test_the_range_is_looked_at_unless_told_otherwise():
     net, bad = purifier("none", strict=False), 2 * images() - 1
     assert torch.equal(net(bad), net.classifier(bad))
@@ -461,102 +300,30 @@ def test_the_range_is_looked_at_unless_told_otherwise():
         net(bad[0])
 
 
-def test_checks_report_what_goes_wrong():
-    class Broken(nn.Module):
-        factor = 0.0
-
-        def forward(self, x):
-            return torch.stack([self.factor * x.sum((1, 2, 3)), x.new_zeros(len(x))], dim=1)
-
-    def violated(factor):
-        net = purifier("none", classifier=Broken())
-        net.classifier.factor = factor
-        _, row = purify_attack.pgd(net, images(), INDEX % 2, lambda k: [None], steps=2)
-        return " ".join(
-            purify.summarise(row | dict(robust=torch.ones(3, dtype=torch.float64)))["violated"]
-        )
-
-    assert "exactly 0 in 100" in violated(0.0) and "only 0% of the images" in violated(0.0)
-    assert "NaN or infinite for 3" in violated(math.nan)
-    assert violated(0.01) == ""
-
-
-class Spy(nn.Module):
-    """Classifies by a linear network; records draw 0 (of Eq. 2) and draw 1 of every call."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = linear()
-        self.gradients = []
-        self.values = []
-
-    def forward(self, x, noise):
-        calls = self.gradients if x.requires_grad else self.values
-        calls.append(tuple(round(noise(k, x).sum().item(), 9) for k in (0, 1)))
-        return self.linear(x)
-
-
-def settings(**kw):
-    return argparse.Namespace(
-        **(dict(seed=0, eot=2, eot_batch=1, pgd=3, evaluations=1, attack="pgd") | kw)
+def test_gdmp_is_guided_by_the_given_image_in_every_round(monkeypatch):
+    """A model that denoises to 0: from the second round on, the sample has forgotten the image, the guide has not."""
+    guides = []
+    monkeypatch.setattr(
+        purification, "guidance", lambda x, y, kind: guides.append(y.clone()) or torch.zeros_like(x)
     )
 
+    def model(x, t):  # x^_0 = 0
+        return x / (1 - SCHEDULE.alphas_bar[t]).sqrt().view(-1, 1, 1, 1)
 
-@pytest.mark.parametrize("knowledge", ["white", "fwd", "both", "semi-4"])
-def test_noise_of_the_attack_and_of_the_evaluation(knowledge):
-    """P2's Algorithm: fresh draws in every step and an unseen one to judge, but for what is known."""
-    spy, x = Spy(), images()
-    purify.evaluate(spy, x, INDEX % 2, INDEX, settings(), knowledge, "linf")
-    judge = tuple(round(image_draws(0, INDEX)(k, x).sum().item(), 9) for k in (0, 1))
-    assert spy.values[-2:] == [judge, judge]  # after the attack and before it
-    losses = spy.values[:-2]
-    start, end = losses[: len(losses) // 2], losses[len(losses) // 2 :]
-    assert start == end  # the rise of the loss is measured with equal noise
-    if knowledge == "both":
-        assert spy.gradients == [judge] * 3 and start == [judge]
-    elif knowledge == "semi-4":
-        draws = spy.gradients[:4]
-        assert len(set(draws)) == 4 and judge in draws
-        assert spy.gradients == 3 * draws and start == draws
-    else:
-        assert (len(spy.gradients), len(start)) == (3 * 2, 2)  # pgd x eot
-        later = [draw[1] for draw in spy.gradients + start + [judge]]
-        assert len(set(later)) == len(later)
-        of_eq2 = {draw[0] for draw in spy.gradients + start}
-        if knowledge == "fwd":
-            assert of_eq2 == {judge[0]}
-        else:
-            assert len(of_eq2) == 8 and judge[0] not in of_eq2
-
-
-def test_clean_and_robust_accuracy_differ():
-    """Images 1, 2 and 10 hundredths from the border of a linear classifier, in steps of 2/255."""
-    classifier = linear()
-    w = (classifier[1].weight[1] - classifier[1].weight[0]).detach()
-    classifier[1].bias.data = torch.stack([w.sum() / 2, torch.zeros(())])  # 0.5 is on the border
-    margins = torch.tensor([0.01, 0.02, 0.1], dtype=torch.float64)
-    x = 0.5 + margins.view(-1, 1, 1, 1) * w.sign().view(3, 6, 6)
-    net, y = purifier("none", classifier=classifier), torch.ones(3, dtype=torch.long)
-    for steps, robust in ((1, [1, 1, 1]), (2, [0, 1, 1]), (3, [0, 0, 1]), (20, [0, 0, 1])):
-        row = purify.evaluate(net, x, y, INDEX, settings(pgd=steps), "no noise", "linf")
-        assert row["clean"].tolist() == [1, 1, 1] and row["robust"].tolist() == robust
-        found = purify.summarise(row)
-        assert found["clean"] == 1 and found["robust"] == pytest.approx(sum(robust) / 3)
-
-
-def test_the_flags_reach_the_attack(files, tmp_path, monkeypatch):
-    seen, attack = [], purify.pgd
-
-    def watched(net, x, y, draws, norm, steps, eot_batch):
-        seen.append((norm, steps, len(draws(0)), eot_batch))
-        return attack(net, x, y, draws, norm, steps, eot_batch)
-
-    monkeypatch.setattr(purify, "pgd", watched)
-    flags = "--purifier ddpm --knowledge white semi-2 --norm linf l2 --pgd 2 --eot 3 --eot-batch 2"
-    common = "--data synthetic:64 --n 2 --nfe 1 --device cpu --amp fp32"
-    paths = ["--ckpt", files / "a/ckpt.pt", "--classifier", files / "classifier.pt"]
-    assert run(*paths, *common.split(), *flags.split(), "--out", tmp_path) == 0
-    assert seen == [(norm, 2, eot, 2) for norm in ("linf", "l2") for eot in (3, 2)]
+    net = purification.PurifiedClassifier(
+        model,
+        SCHEDULE,
+        torch.nn.Identity(),
+        "gdmp-mse",
+        t_star=20,
+        nfe=2,
+        rounds=2,
+        noise=lambda k, x: torch.zeros_like(x),
+    )
+    given = torch.full((1, 3, 8, 8), 0.9, dtype=torch.float64)
+    net.purify(given)
+    want = [SCHEDULE.alphas_bar[t].sqrt() * 0.9 for t in (20, 10, 0)] * 2
+    assert len(guides) == 6 and all(torch.allclose(g, w.expand_as(g)) for g, w in zip(guides, want))
 
 
 def test_ssim_guidance_raises_ssim():
@@ -572,30 +339,7 @@ def test_defaults_of_p2():
     assert purifier("edm-sde", nfe=None).nfe == 50 and purifier().snr == 0.16
 
 
-def test_candidates_are_chosen_by_several_evaluations(monkeypatch):
-    """A candidate that fools one purification in two loses to the image itself if that is always misclassified."""
-
-    class Coin(nn.Module):
-        def forward(self, x, noise):
-            right = torch.where(
-                x.flatten(1)[:, 0] > 0.5, noise(0, x).flatten(1)[:, 0] > 0, False
-            ).double()
-            return torch.stack([right, 1 - right], dim=1)
-
-    args = settings(eot=1, pgd=1, evaluations=40)
-    x, y = torch.full((3, 3, 6, 6), 0.4, dtype=torch.float64), torch.zeros(3, dtype=torch.long)
-    monkeypatch.setattr(purify, "pgd", lambda net, x, *a: (x + 0.2, {}))
-    assert purify.evaluate(Coin(), x, y, INDEX, args, "white", "linf")["selected"].tolist() == [
-        0,
-        0,
-        0,
-    ]
-    monkeypatch.setattr(purify, "pgd", lambda net, x, *a: (x + 0.1, {}))  # 0.5: never right
-    row = purify.evaluate(Coin(), x + 0.2, y, INDEX, args, "white", "linf")
-    assert 0.2 < row["selected"].mean() < 0.8  # both are right by chance
-
-
-# the command ---------------------------------------------------------------------------------------------------------
+# the command ----------------------------------------------------------------------------------------------------------
 
 
 def run(*args):
@@ -728,6 +472,21 @@ def test_command(files, tmp_path):
     )
 
 
+def test_the_flags_reach_the_attack(files, tmp_path, monkeypatch):
+    seen, attack = [], purify.pgd
+
+    def watched(net, x, y, draws, norm, steps, eot_batch):
+        seen.append((norm, steps, len(draws(0)), eot_batch))
+        return attack(net, x, y, draws, norm, steps, eot_batch)
+
+    monkeypatch.setattr(purify, "pgd", watched)
+    flags = "--purifier ddpm --knowledge white semi-2 --norm linf l2 --pgd 2 --eot 3 --eot-batch 2"
+    common = "--data synthetic:64 --n 2 --nfe 1 --device cpu --amp fp32"
+    paths = ["--ckpt", files / "a/ckpt.pt", "--classifier", files / "classifier.pt"]
+    assert run(*paths, *common.split(), *flags.split(), "--out", tmp_path) == 0
+    assert seen == [(norm, 2, eot, 2) for norm in ("linf", "l2") for eot in (3, 2)]
+
+
 def test_a_stopped_run_goes_on_bit_for_bit(files, tmp_path, monkeypatch, capsys):
     """Killed in the second batch of the second attack: what was done is not done again."""
     flags = (
@@ -806,29 +565,3 @@ def test_command_refuses_bad_input(capsys, files, tmp_path):
         tmp_path / "few.pt", dict(kind="classifier", config=few.config, model=few.state_dict())
     )
     assert "knows 3 classes" in refuse("--classifier", tmp_path / "few.pt")
-
-
-def test_gdmp_is_guided_by_the_given_image_in_every_round(monkeypatch):
-    """A model that denoises to 0: from the second round on, the sample has forgotten the image, the guide has not."""
-    guides = []
-    monkeypatch.setattr(
-        purification, "guidance", lambda x, y, kind: guides.append(y.clone()) or torch.zeros_like(x)
-    )
-
-    def model(x, t):  # x^_0 = 0
-        return x / (1 - SCHEDULE.alphas_bar[t]).sqrt().view(-1, 1, 1, 1)
-
-    net = purification.PurifiedClassifier(
-        model,
-        SCHEDULE,
-        torch.nn.Identity(),
-        "gdmp-mse",
-        t_star=20,
-        nfe=2,
-        rounds=2,
-        noise=lambda k, x: torch.zeros_like(x),
-    )
-    given = torch.full((1, 3, 8, 8), 0.9, dtype=torch.float64)
-    net.purify(given)
-    want = [SCHEDULE.alphas_bar[t].sqrt() * 0.9 for t in (20, 10, 0)] * 2
-    assert len(guides) == 6 and all(torch.allclose(g, w.expand_as(g)) for g, w in zip(guides, want))
