@@ -28,7 +28,7 @@ EDM = {  # P2 App. F
 }
 GDMP = ["gdmp", "gdmp-mse", "gdmp-ssim"]
 NOISELESS = ["ddim", "edm-ode"]  # on the way back: who knows the noise of Eq. 2 knows all
-SAMPLERS = ["none", "ddpm", "ddim", "vp-sde", "vp-sde-corrector", *EDM, *GDMP]
+SAMPLERS = ["none", "ddpm", "ddim", "vp-sde", "vp-sde-corrector", "coup", *EDM, *GDMP]
 # GDMP's code scales the gradient of the MSE over a batch of 100 CIFAR images by
 # 60000 / (16 / 255 / 3); here it is per image.
 GUIDANCE = 60_000 / (16 / 255 / 3) * 2 / (100 * 3 * 32 * 32)
@@ -125,14 +125,44 @@ def ssim(x, y):
     return (top / bottom).flatten(1).mean(1)
 
 
+class Slope(torch.autograd.Function):
+    """Slope.apply(function, x, y): the gradient in x of function(x, y).sum(), differentiable once.
+
+    Nothing but x and y is kept for that: function is evaluated again.
+    """
+
+    @staticmethod
+    def forward(ctx, function, x, y):
+        ctx.function = function
+        ctx.save_for_backward(x, y)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(function(x, y).sum(), x)[0]
+
+    @staticmethod
+    def backward(ctx, v):
+        with torch.enable_grad():
+            x, y = (a.detach().requires_grad_() for a in ctx.saved_tensors)
+            (slope,) = torch.autograd.grad(ctx.function(x, y).sum(), x, create_graph=True)
+            return None, *torch.autograd.grad(slope, (x, y), v, allow_unused=True)
+
+
 def guidance(x_t, y_t, kind):
     """-numel / 2 times the gradient of MSE or 1 - SSIM between x_t and y_t; differentiable."""
     if kind == "mse":
         return y_t - x_t
-    with torch.enable_grad():
-        x = x_t if x_t.requires_grad else x_t.detach().requires_grad_()
-        (g,) = torch.autograd.grad(ssim(x, y_t).sum(), x, create_graph=x_t.requires_grad)
-    return g * (x_t[0].numel() / 2)
+    return Slope.apply(ssim, x_t, y_t) * (x_t[0].numel() / 2)
+
+
+def confidence(classifier):
+    """-> (x_t, y) -> log of the largest probability (B,) that the classifier gives x_t in [-1, 1]."""
+    plain = getattr(classifier, "_orig_mod", classifier)  # compiled, it has no second derivative
+
+    def logarithm(x_t, y):
+        with runtime.autocast(x_t.device, "fp32"):
+            return plain((x_t + 1) / 2).flatten(1).log_softmax(1).amax(1)
+
+    return logarithm
 
 
 class PurifiedClassifier(nn.Module):
@@ -145,7 +175,9 @@ class PurifiedClassifier(nn.Module):
     4, purifications in a row. clip: x^_0 of each step, for EDM the output alone. snr: of the
     corrector, one Langevin step before each step (Song et al., 2021; 0.16 is their CIFAR-10 value).
     noise_removal: VP-SDE's last step is its mean, as in P2's code; else it has noise like any other,
-    as in DiffPure. scale: GDMP's guidance. `calls` counts the network calls of the last forward.
+    as in DiffPure. scale: GDMP's guidance. coup: the weight of the classifier's confidence in COUP
+    (Zhang et al., 2024), vp-sde whose score has the gradient of its logarithm added; P2 prints
+    neither the formula nor the weight, 1 is ours. `calls` counts the network calls of the last forward.
     noise(k, x), see image_draws: fixed noise instead of the global generator's, here, as the
     attribute, or in forward().
     Raises ValueError for images outside [0, 1]. strict=False takes them as they are, for libraries
@@ -155,7 +187,7 @@ class PurifiedClassifier(nn.Module):
     def __init__(
         self, model, schedule, classifier, sampler="ddpm", t_star=None, nfe=None, noise=None,
         clip=True, variance="fixed-large", snr=0.16, noise_removal=False, scale=GUIDANCE,
-        rounds=None, checkpointed=True, strict=True,
+        coup=1.0, rounds=None, checkpointed=True, strict=True,
     ):  # fmt: skip
         super().__init__()
         if sampler not in SAMPLERS:
@@ -192,6 +224,7 @@ class PurifiedClassifier(nn.Module):
         self.snr = snr
         self.noise_removal = noise_removal
         self.scale = scale
+        self.coup = coup
         self.checkpointed = checkpointed
         self.strict = strict
         self.calls = 0
@@ -250,6 +283,9 @@ class PurifiedClassifier(nn.Module):
                 eps = self.eps(x, t).to(x.dtype)
                 x = langevin_step(x, eps, noise(2 + 2 * i, x), abar, before, self.snr)
             eps = self.eps(x, t).to(x.dtype)
+            if self.sampler == "coup":  # eps = -sqrt(1 - abar) score
+                slope = Slope.apply(confidence(self.classifier), x, given)
+                eps = eps - self.coup * like((1 - abar).sqrt(), x) * slope
             x_next = self.step(x, eps, noise(1 + 2 * i, x), abar, abar_prev)
             if self.sampler in ("gdmp-mse", "gdmp-ssim"):
                 guide = self.schedule.q_sample(given, t, noise(2 + 2 * i, x))
@@ -260,7 +296,7 @@ class PurifiedClassifier(nn.Module):
     def step(self, x, eps, z, abar, abar_prev):
         if self.sampler == "ddim":
             return ddim_step(x, eps, 0.0, abar, abar_prev, 0.0, self.clip)
-        if self.sampler.startswith("vp-sde"):
+        if self.sampler in ("vp-sde", "vp-sde-corrector", "coup"):
             if self.noise_removal:
                 z = like(abar_prev < 1, x) * z
             return vp_sde_step(x, eps, z, abar, abar_prev)

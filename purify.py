@@ -208,6 +208,7 @@ def parse(argv=None):
     add("--figures", type=int, default=0, metavar="N", help="figures.png, EoT up to N draws")
     add("--landscape", type=int, default=0, metavar="G", help="landscape.png on a grid of G x G")
     add("--variance", choices=variances, default="fixed-large", help="ddpm, gdmp: s_t^2 of Eq. 5")
+    add("--coup", type=between(0), default=1.0, help="coup: weight of the confidence (ours)")
     add("--noise-removal", action="store_true", help="vp-sde: last step without noise (P2's code)")
     add("--no-clip", action="store_true", help="do not clip x^_0 to [-1, 1]")
     add("--raw", action="store_true", help="raw instead of EMA weights")
@@ -233,7 +234,7 @@ def parse(argv=None):
         if value and (value < least or set(args.purifier) == {"none"}):
             raise ValueError(f"--{name} {value}: needs >= {least} and a purifier other than none")
     options = dict(t_star=args.t_star, nfe=args.nfe, clip=not args.no_clip, variance=args.variance)
-    options["noise_removal"] = args.noise_removal
+    options |= dict(noise_removal=args.noise_removal, coup=args.coup)
     if args.noise_removal and not any(name.startswith("vp-sde") for name in args.purifier):
         raise ValueError("--noise-removal: is for --purifier vp-sde and vp-sde-corrector")
     for sampler in args.purifier:  # all refused before any is run

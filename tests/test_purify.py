@@ -7,7 +7,7 @@ import cli
 import numpy as np
 import pytest
 import torch
-from purifiers import INDEX, SCHEDULE, Eps, draw, images, purifier
+from purifiers import INDEX, SCHEDULE, Eps, draw, images, linear, purifier
 from torch import nn
 
 import purification
@@ -246,6 +246,44 @@ def test_gdmp_pull_is_the_gradient_times_the_variance(kind):
     variance = 1 - abar / abar_prev
     moved = -40 * ((1 - abar) / abar).sqrt() * variance * 432 / 2 * gradient
     torch.testing.assert_close(inputs(f"gdmp-{kind}")[1], after + moved)
+
+
+def test_coup_adds_the_slope_of_the_log_confidence_to_the_score():
+    """Two classes, log p in closed form: its slope is (1 - p) times the weights' difference, halved
+    by x = (x_t + 1) / 2; one step by hand (P2 Eq. 12)."""
+    classifier, x, noise = linear(), 2 * images() - 1, image_draws(0, INDEX)
+    net = purifier("coup", lambda x, t: 0.3 * x, classifier, t_star=50, nfe=1, coup=2.5)
+    w = (classifier[1].weight[0] - classifier[1].weight[1]).detach()
+    bias = (classifier[1].bias[0] - classifier[1].bias[1]).item()
+    abar = torch.cat([torch.ones(1), SCHEDULE.alphas_bar]).double()  # at t + 1
+    x_t = SCHEDULE.q_sample(x, torch.full((3,), 50), noise(0, x))
+    for i, (t, t_prev) in enumerate(((50, 0), (0, -1))):
+        margin = ((x_t + 1) / 2).flatten(1) @ w + bias
+        slope = torch.sigmoid(-margin.abs()) * margin.sign() / 2
+        score = -0.3 * x_t / (1 - abar[t + 1]).sqrt()
+        score = score + 2.5 * slope.view(3, 1, 1, 1) * w.view(3, 6, 6)
+        b = (abar[t_prev + 1] / abar[t + 1]).log()
+        x_t = (1 + b / 2) * x_t + b * score + b.sqrt() * noise(1 + 2 * i, x)
+    torch.testing.assert_close(net.purify(x, noise), x_t, rtol=1e-6, atol=1e-6)
+    plain = purifier("vp-sde", lambda x, t: 0.3 * x, t_star=50, nfe=1).purify(x, noise)
+    off = purifier("coup", lambda x, t: 0.3 * x, classifier, t_star=50, nfe=1, coup=0)
+    torch.testing.assert_close(off.purify(x, noise), plain)
+
+
+def test_the_slope_of_a_guide_keeps_its_arguments_alone():
+    """Its derivatives are autograd's of autograd, in both arguments; of what lies between nothing
+    is kept."""
+    x, y = (draw(2, 3, 12, 12, seed=seed).requires_grad_() for seed in (0, 1))
+    v = draw(2, 3, 12, 12, seed=2)
+    (plain,) = torch.autograd.grad(purification.ssim(x, y).sum(), x, create_graph=True)
+    wanted = torch.autograd.grad((plain * v).sum(), (x, y))
+    slope = purification.Slope.apply(purification.ssim, x, y)
+    assert [kept.shape for kept in slope.grad_fn.saved_tensors] == [x.shape, y.shape]
+    assert [type(f).__name__ for f, _ in slope.grad_fn.next_functions] == ["AccumulateGrad"] * 2
+    torch.testing.assert_close(slope, plain)
+    found = torch.autograd.grad((slope * v).sum(), (x, y))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+    assert all(g.abs().max() > 0 for g in found)
 
 
 def test_known_and_unknown_noise():
