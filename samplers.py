@@ -146,6 +146,25 @@ def time_of(schedule, sigma):
     return float(np.interp(np.log1p(sigma**2), table, np.arange(schedule.T)))
 
 
+def from_denoiser(denoiser, schedule):
+    """The eps-network of a denoiser (x_0 + sigma N(0, I), sigma (B,)) -> x_0, as EDM's networks are:
+    eps = (x - D(x; sigma)) / sigma at x = x_t / sqrt(abar_t), for integer and real t (see time_of).
+    """
+    levels = torch.tensor(schedule.sigmas, dtype=torch.float64).square().log1p()  # -log abar
+
+    def model(x_t, t):
+        table = levels.to(t.device)
+        t = t.double()
+        k = t.floor().long().clamp(max=len(table) - 2)
+        level = table[k] + (t - k) * (table[k + 1] - table[k])
+        sigma = level.expm1().sqrt()
+        x = like((level / 2).exp(), x_t) * x_t
+        return (x - denoiser(x, sigma.to(x.dtype))) / like(sigma, x)
+
+    model.real_t = True
+    return model
+
+
 # --------------------------------------------------------------------------------------------------
 # samplers. noise(i): the z of step i, by default from the global generator. compiled: what follows
 # the network, noise(i) with a tensor i included, is one compiled graph (worth it on a GPU)

@@ -19,6 +19,7 @@ from samplers import (
     ddpm_sample,
     ddpm_timesteps,
     edm_follow,
+    from_denoiser,
     heun_levels,
     heun_sample,
     time_of,
@@ -716,3 +717,24 @@ def test_heun_churn():
     plain = sample()(x_T, None)
     assert not torch.allclose(sample(S_churn=6.0)(x_T, seeded_noise(x_T.shape)), plain, atol=1e-3)
     assert torch.equal(sample(S_churn=6.0, S_min=1e3)(x_T, seeded_noise(x_T.shape)), plain)
+
+
+def test_eps_of_a_denoiser():
+    """Of N(0, v): D(x; sigma) = v x / (v + sigma^2), eps = sqrt(1 - abar) x_t / (abar v + 1 - abar);
+    between two steps sigma is the one whose t that is."""
+    v, asked = 0.3, []
+
+    def denoiser(x, sigma):
+        asked.append(sigma)
+        return v / (v + sigma.view(-1, 1, 1, 1) ** 2) * x
+
+    model = from_denoiser(denoiser, SCHEDULE)
+    x = torch.randn(4, 3, 2, 2, dtype=torch.float64)
+    t = torch.tensor([0, 100, 500, 999])
+    abar = SCHEDULE.alphas_bar[t].view(-1, 1, 1, 1)
+    torch.testing.assert_close(model(x, t), (1 - abar).sqrt() / (abar * v + 1 - abar) * x)
+    sigmas = [0.011, 0.5, 3.0, 80.0]
+    t = torch.tensor([time_of(SCHEDULE, sigma) for sigma in sigmas], dtype=torch.float64)
+    model(x, t)
+    torch.testing.assert_close(asked[-1].tolist(), sigmas, rtol=1e-9, atol=0)
+    assert model.real_t
