@@ -22,6 +22,7 @@ from runner import finished
 from unet import PRESETS, UNet
 
 PASSES = 3  # of a gradient, and of a training step
+UNITS = {3: "k", 6: "M", 9: "G", 12: "T", 15: "P", 18: "E"}
 IMAGES = 50_000  # of a training set, CIFAR's
 
 
@@ -127,9 +128,8 @@ def lines_of(todo, size):
 
 
 def in_words(flop):
-    """1.2e18 -> '1.20 EFLOP', with days at 40 % of an H100's dense bf16."""
+    """1.2e18 -> '1.2 EFLOP', from a hundredth of a day on with the days of a GPU."""
+    exponent = min(3 * math.floor(math.log10(max(flop, 1)) / 3), 18)
+    words = f"{flop / 10.0**exponent:.3g} {UNITS.get(exponent, '')}FLOP"
     days = flop / (0.4 * 990e12) / 86400
-    exponent = 3 * math.floor(math.log10(max(flop, 1)) / 3)
-    unit = {9: "G", 12: "T", 15: "P", 18: "E", 21: "Z"}.get(exponent, "")
-    number = flop / 10.0 ** (exponent if unit else 0)
-    return f"{number:.3g} {unit}FLOP, {days:.2g} days of an H100 at 40 % of 990 TFLOP/s"
+    return words if days < 0.01 else f"{words}, {days:.2g} days of an H100 at 40 % of 990 TFLOP/s"

@@ -131,6 +131,11 @@ def test_a_white_box_row_is_three_quarters_of_an_exaflop():
     assert more - passes == 1024 * 101 * (20 * 3 + 4 + 2)
 
 
+def test_cost_in_words():
+    assert purify_cost.in_words(1.25e14) == "125 TFLOP" and purify_cost.in_words(0) == "0 FLOP"
+    assert purify_cost.in_words(3.43e19).startswith("34.3 EFLOP, 1 days of an H100")
+
+
 def test_cost_of_training():
     one = purify_cost.flops("unet", "mini", 16)
     argv = "train.py --model mini --iters 10".split()
