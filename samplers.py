@@ -3,9 +3,10 @@
     x0 = ddpm_sample(model, schedule, torch.randn(64, 3, 32, 32))
     x0 = ddim_sample(model, schedule, x_T, steps=50, rederive=True)  # as the command line does
 
-A model is any callable (x_t, t) -> eps; `schedule` is a losses.NoiseSchedule. In the steps, abar
-and abar_prev are (B,) float64 with abar < abar_prev <= 1. A new sampler is a function and a row of
-SAMPLERS.
+A model is any callable (x_t, t) -> eps, t (B,) integers; EDM's sampler asks one that has the
+attribute real_t = True, as UNet, for t between them. `schedule` is a losses.NoiseSchedule. In the
+steps, abar and abar_prev are (B,) float64 with abar < abar_prev <= 1. A new sampler is a function
+and a row of SAMPLERS.
 """
 
 import functools
@@ -140,7 +141,8 @@ def time_of(schedule, sigma):
     schedule's steps.
 
     So beta is constant within a step, and in this variable EDM's VP wrapper solves for t. Ours: below
-    the smallest level (.01 at t = 0) t is 0, since no network was trained on less.
+    the smallest level (.01 at t = 0) t is 0 and above the largest T - 1, since no network was
+    trained beyond them.
     """
     table = np.log1p(np.square(schedule.sigmas))
     return float(np.interp(np.log1p(sigma**2), table, np.arange(schedule.T)))

@@ -256,6 +256,23 @@ def test_noise_of_the_attack_and_of_the_evaluation(knowledge):
             assert len(of_eq2) == 8 and judge[0] not in of_eq2
 
 
+@pytest.mark.parametrize("knowledge", ["white", "fwd", "both", "semi-4"])
+def test_draws_that_choose_and_draws_that_judge(knowledge):
+    """--evaluations 3: other draws judge than choose, and neither is the attack's, unless it knows them."""
+    spy, x = Spy(), images()
+    purify.evaluate(spy, x, INDEX % 2, INDEX, settings(evaluations=3), knowledge, "linf")
+    n = 1 if knowledge == "both" else 3
+    image, attacked, judges = (spy.values[len(spy.values) - i * n :][:n] for i in (3, 2, 1))
+    wanted = [image_draws(0, INDEX, d, 0 if knowledge == "fwd" else None) for d in range(n)]
+    assert judges == [tuple(round(z(k, x).sum().item(), 9) for k in (0, 1)) for z in wanted]
+    assert image == attacked and len(set(image)) == n
+    if knowledge in ("white", "fwd"):
+        assert not set(image) & set(judges)
+        assert not (set(image) | set(judges)) & set(spy.gradients)
+    else:
+        assert image == judges and set(judges) <= set(spy.gradients)
+
+
 def test_clean_and_robust_accuracy_differ():
     """Images 1, 2 and 10 hundredths from the border of a linear classifier, in steps of 2/255."""
     classifier = linear()
