@@ -27,11 +27,12 @@ from tqdm import tqdm
 import outputs
 import runtime
 import train
+import training
 from data import Batches, CorruptedImages, load_images
 from losses import NoiseSchedule
 from runtime import autocast, between, layout, precision, setup
 from sample import generate
-from samplers import heun_timesteps
+from samplers import heun_levels
 from unet import PRESETS, UNet
 from weights import unet2d_config
 
@@ -162,7 +163,7 @@ def sampling(args, device, batch):
     mode = "reduce-overhead" if device.type == "cuda" else None  # as sample.py
     model = torch.compile(net, mode=mode) if args.backend else net
     schedule = NoiseSchedule().to(device)
-    heun = 2 * len(heun_timesteps(schedule, 18)) - 1
+    heun = 2 * len(heun_levels(schedule, 18)) - 1
     # network calls of a whole sample; of the few steps that are timed; these steps
     table = {"ddpm": (1000, 4, 4), "ddim": (100, 4, 4), "heun": (heun, 3, 2)}
     what = model, schedule, range(args.batch_size), batch["x0"].shape[1:], 0, device
@@ -211,7 +212,7 @@ def parse_args():
     idle("methods" not in args.what, "methods", "without --what methods")
     idle("kernels" not in args.what, "bandwidth peak", "without --what kernels")
     size = 64 if args.model == "ddpm64" else 32
-    train.fill(args, image_size=size, batch_size=train.RECIPES[args.model]["batch_size"])
+    training.fill(args, image_size=size, batch_size=train.RECIPES[args.model]["batch_size"])
     with torch.device("meta"):
         factor = UNet(**PRESETS[args.model]).factor
     if args.image_size % factor:
@@ -228,7 +229,7 @@ def main():
     started = time.time()
     device, _, _ = setup(args.device)
     precision(device, args.amp)  # refuses what this device has not
-    train.fill(args, compile=device.type == "cuda")
+    training.fill(args, compile=device.type == "cuda")
     args.backend = "inductor" if args.compile else None
     torch.set_num_threads(args.threads)
     out = outputs.claim(args.out)

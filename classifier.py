@@ -7,8 +7,8 @@ defend.
 
 A wide residual network (Zagoruyko & Komodakis, 2016) with the usual recipe: random crop and flip,
 SGD with Nesterov momentum and one cycle of the learning rate, label smoothing. Images in [0, 1] ->
-logits; the normalisation is inside. Leaves --out/classifier.pt, which `sample.py --features` takes,
-and metrics.json with the test accuracy.
+logits; the normalisation is inside, by the mean and std of the training images. Leaves
+--out/classifier.pt, which `sample.py --features` takes, and metrics.json with the test accuracy.
 """
 
 import argparse
@@ -20,64 +20,74 @@ from torch import nn
 from tqdm import tqdm
 
 import outputs
+import public_classifiers
 import runtime
 import weights
 from data import NAMES, CorruptedImages, Order, load_images, seed_at
 from images import class_names, refuse_other_classes
 from runtime import autocast, between, load_checkpoint, precision, save_checkpoint, setup
 
-PRESETS = {"wrn-28-10": dict(depth=28, width=10), "small": dict(depth=10, width=2)}
+PRESETS = {
+    "wrn-28-10": dict(depth=28, width=10),
+    "wrn-70-16": dict(depth=70, width=16),
+    "small": dict(depth=10, width=2),
+}
 
 
 class Block(nn.Module):
-    def __init__(self, c_in, c_out, stride):
+    def __init__(self, c_in, c_out, stride, activation, shifted):
         super().__init__()
-        self.bn1, self.conv1 = (
-            nn.BatchNorm2d(c_in),
-            nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False),
-        )
-        self.bn2, self.conv2 = nn.BatchNorm2d(c_out), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        self.skip = (
-            nn.Identity()
-            if c_in == c_out and stride == 1
-            else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
-        )
+        self.bn1 = nn.BatchNorm2d(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.skip = nn.Identity()
+        if c_in != c_out or stride > 1:
+            self.skip = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+        self.activation = activation
+        self.shifted = shifted and stride == 2
 
     def forward(self, x):
-        h = F.relu(self.bn1(x))
+        h = self.activation(self.bn1(x))
         x = x if isinstance(self.skip, nn.Identity) else self.skip(h)
-        return x + self.conv2(F.relu(self.bn2(self.conv1(h))))
+        if self.shifted:  # pads right and below alone
+            h = F.conv2d(F.pad(h, (0, 1, 0, 1)), self.conv1.weight, stride=2)
+        else:
+            h = self.conv1(h)
+        return x + self.conv2(self.activation(self.bn2(h)))
 
 
 class WideResNet(nn.Module):
     """x (B, 3, H, W) float in [0, 1] -> logits (B, classes); `features` gives the pooled
     activations (B, 64 width).
+
+    mean and std, by which x is normalised, are part of the weights: CIFAR-10's until `main` has
+    measured the training images, or a checkpoint is loaded. silu, shifted: SiLU in the place of ReLU,
+    and strided convolutions that pad right and below alone, as DeepMind's networks have it.
     """
 
-    def __init__(self, depth, width, classes):
+    def __init__(self, depth, width, classes, silu=False, shifted=False):
         super().__init__()
         if (depth - 4) % 6:
             raise ValueError(f"WideResNet depth {depth}: must be 6 n + 4")
-        self.config = dict(depth=depth, width=width, classes=classes)
-        # of CIFAR-10
-        self.register_buffer("mean", torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1))
+        self.config = dict(depth=depth, width=width, classes=classes, silu=silu, shifted=shifted)
+        for name, value in zip(("mean", "std"), public_classifiers.NORMALISATIONS["cifar10"]):
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1))
+        self.activation = F.silu if silu else F.relu
         layers, c = [nn.Conv2d(3, 16, 3, 1, 1, bias=False)], 16
         for c_out, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
             for i in range((depth - 4) // 6):
-                layers.append(Block(c, c_out, stride if i == 0 else 1))
+                layers.append(Block(c, c_out, stride if i == 0 else 1, self.activation, shifted))
                 c = c_out
-        self.body, self.bn, self.head = (
-            nn.Sequential(*layers),
-            nn.BatchNorm2d(c),
-            nn.Linear(c, classes),
-        )
+        self.body = nn.Sequential(*layers)
+        self.bn = nn.BatchNorm2d(c)
+        self.head = nn.Linear(c, classes)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def features(self, x):
-        return F.relu(self.bn(self.body((x - self.mean) / self.std))).mean((2, 3))
+        return self.activation(self.bn(self.body((x - self.mean) / self.std))).mean((2, 3))
 
     def forward(self, x):
         return self.head(self.features(x))
@@ -97,14 +107,22 @@ class Features(nn.Module):
 
 
 def load_classifier(path, device="cpu", compiled=False):
-    """The network of a checkpoint of this script, in eval mode, on `device`; compiled: None for "on
-    a GPU".
+    """The network of a checkpoint of this script, or of public weights (public_classifiers.py says
+    how they are named), in eval mode, on `device`; compiled: None for "on a GPU".
+
+    It has config["classes"].
     """
-    ckpt = load_checkpoint(path)
-    if ckpt.get("kind") != "classifier":
-        raise ValueError(f"{path}: holds no classifier (classifier.py's checkpoints do)")
-    net = weights.fitted(WideResNet, ckpt, "model", path)
-    net.classes = ckpt.get("classes")
+    kind = str(path).partition(":")[0]
+    classes = None  # their names, where they are known
+    if kind == "torchvision":
+        net = public_classifiers.load_torchvision(path)
+    else:
+        ckpt = public_classifiers.read_wrn(path) if kind == "wrn" else load_checkpoint(path)
+        if kind != "wrn" and ckpt.get("kind") != "classifier":
+            raise ValueError(f"{path}: holds no classifier (classifier.py's checkpoints do)")
+        net = weights.fitted(WideResNet, ckpt, "model", path)
+        classes = ckpt.get("classes")
+    net.classes = classes
     on_gpu = torch.device(device).type == "cuda"
     net = net.eval().to(
         device, memory_format=torch.channels_last if on_gpu else torch.preserve_format
@@ -113,7 +131,10 @@ def load_classifier(path, device="cpu", compiled=False):
 
 
 def load_features(path):
-    return Features(load_classifier(path))
+    net = load_classifier(path)
+    if not isinstance(net, WideResNet):
+        raise ValueError(f"--features {path}: need a checkpoint of classifier.py")
+    return Features(net)
 
 
 def random_crop(x, generator, pad=4):
@@ -175,6 +196,17 @@ def load_sets(args, device):
     return train_set, test_set
 
 
+def measure(data, chunk=4096):
+    """The mean and the std of each channel over all pixels of `data`, in [0, 1] -> (3,), (3,)."""
+    sums = torch.zeros(2, 3, dtype=torch.float64)
+    for i in range(0, len(data), chunk):
+        index = torch.arange(i, min(i + chunk, len(data)), device=data.device)
+        x = (data.clean(index).double() + 1) / 2
+        sums += torch.stack([x.mean((2, 3)).sum(0), x.square().mean((2, 3)).sum(0)]).cpu()
+    mean, square = sums / len(data)
+    return mean.float(), (square - mean**2).sqrt().float()
+
+
 def fit(net, train_set, args, device):
     """SGD with Nesterov momentum on mirrored, shifted images; one-cycle rate -> number of steps."""
     cast = autocast(device, args.amp)
@@ -214,6 +246,8 @@ def main():
 
     torch.manual_seed(args.seed)
     net = WideResNet(**PRESETS[args.model], classes=int(train_set.labels.max()) + 1)
+    for buffer, value in zip((net.mean, net.std), measure(train_set)):
+        buffer.copy_(value.view(3, 1, 1))
     net = net.to(device, memory_format=torch.channels_last)
     steps = fit(net, train_set, args, device)
     score = accuracy(net.eval(), test_set, args.batch_size, autocast(device, args.amp))

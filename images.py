@@ -21,8 +21,12 @@ from tqdm import tqdm
 from outputs import read_arrays
 from synthetic import synthetic_butterflies
 
-NAMES = "cifar10 | cifar100 | celeba | lsun-bedroom | folder:PATH | synthetic | synthetic:N"
-NATIVE_SIZE = {"cifar10": 32, "cifar100": 32, "celeba": 64, "lsun-bedroom": 64, "synthetic": 32}
+NAMES = (
+    "cifar10 | cifar100 | tiny-imagenet | celeba | lsun-bedroom | folder:PATH | synthetic | "
+    "synthetic:N"
+)
+NATIVE_SIZE = dict(cifar10=32, cifar100=32, celeba=64, synthetic=32)
+NATIVE_SIZE |= {"lsun-bedroom": 64, "tiny-imagenet": 64}
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 UNREADABLE = (
     UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError
@@ -32,8 +36,9 @@ UNREADABLE = (
 def load_images(name, image_size=None, split="train", root="data", labels_needed=False):
     """-> images (N, S, S, 3) uint8 (memory-mapped unless synthetic), labels (N,) int64 or None.
 
-    name: cifar10 | cifar100 | celeba | lsun-bedroom | folder:PATH | synthetic[:N]; image_size:
-    resized (antialiased bicubic, then centre crop) to S x S, default the set's own size. Raises
+    name: one of NAMES; tiny-imagenet is ROOT/tiny-imagenet-200 as it is distributed, whose 200
+    classes are numbered in the order of their names, and its test split is val. image_size: resized
+    (antialiased bicubic, then centre crop) to S x S, default the set's own size. Raises
     ValueError with one line for bad input.
     """
     if image_size is not None and not 4 <= image_size <= 4096:
@@ -47,6 +52,9 @@ def load_images(name, image_size=None, split="train", root="data", labels_needed
         )
     if name.startswith("folder:"):
         source, key = _folder(name[len("folder:") :])
+    elif name == "tiny-imagenet":
+        source, key = _tiny_imagenet(Path(root) / "tiny-imagenet-200", split), f"{name}-{split}"
+        image_size = image_size or NATIVE_SIZE[name]
     elif name in NATIVE_SIZE:
         source, key = _torchvision(name, split, root), f"{name}-{split}"
         image_size = image_size or NATIVE_SIZE[name]
@@ -117,22 +125,56 @@ def _folder(path):
         digest.update(os.fsencode(f.relative_to(path)))
         digest.update(f"|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
 
-    class Folder:
-        def __len__(self):
-            return len(files)
+    labels = [number[f.parent] for f in files]
+    return Files(files, labels), f"folder-{digest.hexdigest()[:16]}"
 
-        def __getitem__(self, i):
-            try:
-                with Image.open(files[i]) as image:
-                    return to_rgb(image), number[files[i].parent]
-            except UNREADABLE as e:
-                reason = str(e).splitlines()[0]
-                raise ValueError(f"{files[i]}: not a readable image ({reason})") from None
 
-        def name(self, i):
-            return files[i]
+class Files:
+    """(image, label) of image files."""
 
-    return Folder(), f"folder-{digest.hexdigest()[:16]}"
+    def __init__(self, files, labels):
+        self.files = files
+        self.labels = labels
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        try:
+            with Image.open(self.files[i]) as image:
+                return to_rgb(image), self.labels[i]
+        except UNREADABLE as e:
+            reason = str(e).splitlines()[0]
+            raise ValueError(f"{self.files[i]}: not a readable image ({reason})") from None
+
+    def name(self, i):
+        return self.files[i]
+
+
+def _tiny_imagenet(root, split):
+    """ROOT/train/CLASS/images/*.JPEG; ROOT/val/images with the classes in val_annotations.txt."""
+    if not (root / "train").is_dir():
+        raise ValueError(
+            f"--data tiny-imagenet: {root} holds no train/; unpack tiny-imagenet-200.zip there"
+        )
+    classes = sorted(folder.name for folder in (root / "train").iterdir() if folder.is_dir())
+    number = {name: i for i, name in enumerate(classes)}
+    files, labels = [], []
+    if split == "train":
+        for name in classes:
+            found = sorted((root / "train" / name / "images").glob("*.JPEG"))
+            files += found
+            labels += [number[name]] * len(found)
+        return Files(files, labels)
+    path = root / "val" / "val_annotations.txt"
+    try:
+        for line in path.read_text().splitlines():
+            file, name, *_ = line.split("\t")
+            files.append(root / "val" / "images" / file)
+            labels.append(number[name])
+    except (OSError, ValueError, KeyError) as e:
+        raise ValueError(f"{path}: not the list of the val images ({e})") from None
+    return Files(files, labels)
 
 
 def no_label(target):

@@ -326,30 +326,30 @@ def addt_weight(schedule, t, unit=0.03, high=0.3):
 
 
 def addt_loss(
-    model, schedule, classifier, x0, y, t, eps, guide="classifier", perturb="rbgm", passes=5
-):
+    model, schedule, classifier, x0, y, t, eps, guide="classifier", perturb="rbgm", passes=5,
+    unit=None, high=None,
+):  # fmt: skip
     """ADDT (P2 Algorithm 1): the eps-MSE on noise that CGPO has bent against the classifier ->
     (scalar, parts).
 
     x0 (B, C, H, W) in [-1, 1]; y (B,) labels; classifier: images in [0, 1] -> logits. With P(x, t)
     = x^_0 (P2 Eq. 4),
-      noise = sqrt(1 - lambda_t^2) eps + lambda_t RBGM(delta)
+      noise = sqrt(1 - lambda_t^2) eps + lambda_t delta, delta ~ N(0, I) before the first pass
       x'_t  = sqrt(abar) x_0 + sqrt(1 - abar) noise                               (P2 Eq. 6)
       CGPO: `passes` times at the same t, eps fresh,
-            delta += grad_RBGM(delta) L(classifier(P(x'_t, t)), y)                (P2 Eq. 9)
+            total += grad_delta L(classifier(P(x'_t, t)), y), delta = RBGM(total)   (P2 Eq. 9)
       loss  = |sqrt(abar) / sqrt(1 - abar) (x_0 - P(x'_t, t))|^2
             = |eps_theta(x'_t, t) - noise|^2, a mean over elements                (P2 Eq. 8)
-    guide: L is the cross-entropy, "mse" |x_0 - P|^2, "none": no CGPO, i.e. plain fine-tuning. y and
-    classifier may be None for these two. perturb="linf" (P2 App. I): lambda_t = clip(gamma_t, 0,
-    10) and PGD in the place of RBGM. Ours: there noise = eps + lambda_t delta (a lambda_t above 1
-    leaves no sqrt(1 - lambda_t^2)), which up to the clip adds delta to x_0, and delta has P2's
-    attack budget, 8/255 in steps of 2/255 of a [0, 1] pixel. Ours: delta starts at 1e-30 N(0, I),
-    which only breaks ties, also where a sure classifier's gradients are tiny; L is a sum, so that
-    the batch size cannot matter; RBGM's Gaussian draw is another than eps (P2 §5.1; its Algorithm 1
-    prints the same). eps is that of the update; all other draws come from the global generator.
-    parts: detached, L_guide is L's last mean, guided the share of (image, pass) whose gradient is
-    finite and not 0 (another pass is left out: 0 for guide="none"). The classifier must treat the
-    images of a batch apart, as in eval mode: see scaled_gradient.
+    guide: L is the cross-entropy, "mse" |eps_theta - eps|^2 with the eps of the pass, "none": no
+    CGPO, i.e. plain fine-tuning. y and classifier may be None for these two. perturb="linf" (P2
+    App. I, and its code): noise = eps + lambda_t delta, and PGD on delta from 0 in the place of
+    RBGM, in steps of 4/255 within 8/255 of a [0, 1] pixel, with x_0 + delta in [-1, 1]. unit, high:
+    of addt_weight; default .03, .3, for linf 1, 10. eps is that of the update; all other draws come
+    from the global generator, RBGM's apart from eps (P2 §5.1). Ours: total starts at 1e-30 N(0, I),
+    which only breaks ties; L is a sum, a factor that no rank and no sign sees; an x_0 outside its
+    box is not moved inwards. parts: detached, L_guide is L's last mean, guided the share of (image,
+    pass) whose gradient is finite and not 0 (another pass is left out: 0 for guide="none"). The
+    classifier must treat the images of a batch apart, as in eval mode: see scaled_gradient.
     """
     if guide not in ("classifier", "mse", "none") or perturb not in ("rbgm", "linf"):
         raise ValueError(
@@ -357,43 +357,43 @@ def addt_loss(
         )
     if guide == "classifier" and (y is None or classifier is None):
         raise ValueError("guide='classifier': needs the labels y and a classifier")
-    rbgm, step = perturb == "rbgm", 2 * 2 / 255  # on the [-1, 1] scale
-    lambda_t = addt_weight(schedule, t) if rbgm else addt_weight(schedule, t, unit=1, high=10)
-    keep, bend = (
-        like((1 - lambda_t**2).sqrt() if rbgm else torch.ones_like(lambda_t), x0),
-        like(lambda_t, x0),
-    )
+    rbgm = perturb == "rbgm"
+    unit = (0.03 if rbgm else 1) if unit is None else unit
+    high = (0.3 if rbgm else 10) if high is None else high
+    if rbgm and not 0 <= high <= 1:
+        raise ValueError(f"lambda_max {high}: must lie in [0, 1], as sqrt(1 - lambda_t^2) is taken")
+    lambda_t = addt_weight(schedule, t, unit, high)
+    keep = like((1 - lambda_t**2).sqrt(), x0) if rbgm else 1.0
+    bend = like(lambda_t, x0)
+    up, down = (1 - x0).clamp_min(0), (-1 - x0).clamp_max(0)
 
-    delta, objective = 1e-30 * torch.randn_like(x0), torch.zeros((), device=x0.device)
-    guided = torch.zeros((), device=x0.device)
+    delta = torch.randn_like(x0) if rbgm else torch.zeros_like(x0)
+    total = 1e-30 * torch.randn_like(x0)
+    objective = guided = torch.zeros((), device=x0.device)
     with frozen(model), frozen(classifier):
         for _ in range(0 if guide == "none" else passes):
-            mapped = (
-                rank_gaussian_map(delta, torch.randn_like(x0)) if rbgm else delta
-            ).requires_grad_()
+            fresh = torch.randn_like(x0)
             with torch.enable_grad():
-                x_t = schedule.q_sample(x0, t, keep * torch.randn_like(x0) + bend * mapped)
-                x0_hat = schedule.predict_x0(x_t, t, model(x_t, t).to(x0.dtype))
+                delta.requires_grad_()
+                x_t = schedule.q_sample(x0, t, keep * fresh + bend * delta)
+                output = model(x_t, t).to(x0.dtype)
                 if guide == "classifier":
+                    x0_hat = schedule.predict_x0(x_t, t, output)
                     output = classifier((x0_hat + 1) / 2).to(x0.dtype)
                     objective = nn.functional.cross_entropy(output, y, reduction="sum")
                 else:
-                    output = x0_hat
-                    objective = (x0 - output).square().sum()
-                grad = scaled_gradient(objective, output, mapped)
+                    objective = (output - fresh).square().sum()
+                grad = scaled_gradient(objective, output, delta)
             usable = grad.isfinite().flatten(1).all(1) & (grad != 0).flatten(1).any(1)
             grad = torch.where(usable.view(-1, *[1] * (grad.dim() - 1)), grad, 0)
             guided = guided + usable.to(x0.dtype).mean() / passes
-            delta = (
-                delta.detach() + grad
-                if rbgm
-                else (delta.detach() + step * grad.sign()).clamp(-4 * step, 4 * step)
-            )
-    noise = keep * eps + bend * (rank_gaussian_map(delta, torch.randn_like(x0)) if rbgm else delta)
+            total = total + grad
+            if rbgm:
+                delta = rank_gaussian_map(total, torch.randn_like(x0))
+            else:  # a pixel of [0, 1] is 2 units of x_0
+                delta = (delta.detach() + 2 * 4 / 255 * grad.sign()).clamp(-16 / 255, 16 / 255)
+                delta = torch.minimum(torch.maximum(delta, down), up)
+    noise = keep * eps + bend * delta.detach()
     loss = ddpm_loss(model, schedule, x0, t, noise)
-    return loss, dict(
-        L_ADDT=loss.detach(),
-        L_guide=objective.detach() / len(x0),
-        lambda_t=lambda_t.mean(),
-        guided=guided,
-    )
+    parts = dict(L_ADDT=loss.detach(), L_guide=objective.detach() / len(x0))
+    return loss, parts | dict(lambda_t=lambda_t.mean(), guided=guided)

@@ -1,17 +1,12 @@
-"""Purification of images by a diffusion model before they are classified, and PGD on both (P2).
+"""Purification of images by a diffusion model before they are classified (P2); the attack on both
+is in purify_attack.py.
 
     net = PurifiedClassifier(UNet.load("ckpt.pt"), NoiseSchedule(), classifier, "ddpm", nfe=10)
     logits = net(x)                                        # x in [0, 1]; for any attack library
-    x_adv, checks = pgd(net, x, y, lambda k: noises("white", seed, index, k, eot=10))
 
 P2 = "Understanding and Enhancing the Robustness of Diffusion-Based Purification". An image is
-diffused to t* (Eq. 2), taken back to 0 by a sampler, and classified. The attack is PGD on the
-cross-entropy from a zero start, with exact gradients through the whole chain (every network call is
-checkpointed: memory hardly grows with the number of steps), averaged over draws of the noise (EoT).
-What it knows of the noise of the evaluation:
-
-    white    nothing: fresh noise each time    both     all of it
-    fwd      the noise of Eq. 2                semi-N   N draws, one of which the evaluation uses
+diffused to t* (Eq. 2), taken back to 0 by a sampler, and classified; exact gradients flow through
+the whole chain (every network call is checkpointed: memory hardly grows with the number of steps).
 """
 
 import functools
@@ -23,23 +18,21 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import runtime
-import sample
-from losses import like, scaled_gradient
+from losses import like
 from rng import image_noise
-from samplers import ddim_step, ddpm_step, ddpm_variance, heun_follow
+from samplers import clipped, ddim_step, ddpm_step, ddpm_variance, edm_follow
 
-NORMS = {"linf": (8 / 255, 2 / 255), "l2": (0.5, 0.1)}  # radius, step, in [0, 1] pixels
 EDM = {  # P2 App. F
     "edm-ode": {},
     "edm-sde": dict(S_churn=6.0, S_min=0.01, S_max=0.46, S_noise=1.007),
 }
 GDMP = ["gdmp", "gdmp-mse", "gdmp-ssim"]
-SAMPLERS = ["none", "ddpm", "ddim", "vp-sde", "vp-sde-corrector", *EDM, *GDMP]
+NOISELESS = ["ddim", "edm-ode"]  # on the way back: who knows the noise of Eq. 2 knows all
+SAMPLERS = ["none", "ddpm", "ddim", "vp-sde", "vp-sde-corrector", "coup", *EDM, *GDMP]
 # GDMP's code scales the gradient of the MSE over a batch of 100 CIFAR images by
 # 60000 / (16 / 255 / 3); here it is per image.
 GUIDANCE = 60_000 / (16 / 255 / 3) * 2 / (100 * 3 * 32 * 32)
 ROUND = 4096  # draws reserved for one round of a purification
-UNSEEN = 2**20  # draws from here on are the attack's own; twice that: choose between candidates
 
 # --------------------------------------------------------------------------------------------------
 # noise
@@ -67,7 +60,7 @@ def image_draws(seed, index, draw=0, forward=None):
         if len(index) != len(x):
             raise ValueError(
                 f"known noise of {len(index)} images for {len(x)}: an attack library that picks images "
-                "needs `following`"
+                "needs library_attack.Attackable"
             )
         of_eq2 = forward is not None and k % ROUND == 0
         key = seed + (((forward if of_eq2 else draw) + 1) << 32)
@@ -77,33 +70,8 @@ def image_draws(seed, index, draw=0, forward=None):
     return noise
 
 
-def following(clean, seed, draw=0, forward=None):
-    """As image_draws, where row i of x has the number of the image of `clean` (N, C, H, W) in [0, 1]
-    that it is nearest to: known noise stays with its image in whatever batch a library puts it."""
-    found = {}
-
-    def noise(k, x):
-        if k == 0:  # the only draw for which x is an image
-            found["index"] = torch.cdist(((x + 1) / 2).flatten(1), clean.flatten(1)).argmin(1)
-        return image_draws(seed, found["index"], draw, forward)(k, x)
-
-    return noise
-
-
 def shifted(noise, first):
     return lambda k, x: noise(first + k, x)
-
-
-def together(draws):
-    """The noise(k, x) of an x that holds the same images once for each of `draws`."""
-    if len(draws) == 1:
-        return draws[0]
-
-    def noise(k, x):
-        parts = x.chunk(len(draws))
-        return torch.cat([draw(k, part) for draw, part in zip(draws, parts)])
-
-    return noise
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,7 +91,7 @@ def vp_sde_step(x_t, eps, z, abar, abar_prev):
     -eps / sqrt(1 - abar).
 
     The integral of beta over the step is log(abar_prev / abar), by Eq. 11. Noise at every step, no
-    x^_0 to clip.
+    x^_0 to clip. Ours: the steps are the schedule's, where P2's code follows a continuous t.
     """
     b = (abar_prev / abar).log()
     mean = like(1 + b / 2, x_t) * x_t - like(b / (1 - abar).sqrt(), x_t) * eps
@@ -131,7 +99,8 @@ def vp_sde_step(x_t, eps, z, abar, abar_prev):
 
 
 def langevin_step(x_t, eps, z, abar, abar_prev, snr):
-    """The corrector (Song et al., 2021, Alg. 5): one step along the score, with norms per image."""
+    """The corrector (Song et al., 2021, Alg. 5): one step along the score, with norms per image, as
+    in P2's code; Song et al. average them over the batch."""
     score = -eps / like((1 - abar).sqrt(), x_t)
     ratio = z.flatten(1).norm(dim=1) / score.flatten(1).norm(dim=1)
     size = 2 * (abar / abar_prev) * (snr * ratio) ** 2
@@ -156,14 +125,44 @@ def ssim(x, y):
     return (top / bottom).flatten(1).mean(1)
 
 
+class Slope(torch.autograd.Function):
+    """Slope.apply(function, x, y): the gradient in x of function(x, y).sum(), differentiable once.
+
+    Nothing but x and y is kept for that: function is evaluated again.
+    """
+
+    @staticmethod
+    def forward(ctx, function, x, y):
+        ctx.function = function
+        ctx.save_for_backward(x, y)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(function(x, y).sum(), x)[0]
+
+    @staticmethod
+    def backward(ctx, v):
+        with torch.enable_grad():
+            x, y = (a.detach().requires_grad_() for a in ctx.saved_tensors)
+            (slope,) = torch.autograd.grad(ctx.function(x, y).sum(), x, create_graph=True)
+            return None, *torch.autograd.grad(slope, (x, y), v, allow_unused=True)
+
+
 def guidance(x_t, y_t, kind):
     """-numel / 2 times the gradient of MSE or 1 - SSIM between x_t and y_t; differentiable."""
     if kind == "mse":
         return y_t - x_t
-    with torch.enable_grad():
-        x = x_t if x_t.requires_grad else x_t.detach().requires_grad_()
-        (g,) = torch.autograd.grad(ssim(x, y_t).sum(), x, create_graph=x_t.requires_grad)
-    return g * (x_t[0].numel() / 2)
+    return Slope.apply(ssim, x_t, y_t) * (x_t[0].numel() / 2)
+
+
+def confidence(classifier):
+    """-> (x_t, y) -> log of the largest probability (B,) that the classifier gives x_t in [-1, 1]."""
+    plain = getattr(classifier, "_orig_mod", classifier)  # compiled, it has no second derivative
+
+    def logarithm(x_t, y):
+        with runtime.autocast(x_t.device, "fp32"):
+            return plain((x_t + 1) / 2).flatten(1).log_softmax(1).amax(1)
+
+    return logarithm
 
 
 class PurifiedClassifier(nn.Module):
@@ -171,26 +170,29 @@ class PurifiedClassifier(nn.Module):
     any attack library.
 
     model: (x_t, t) -> eps; classifier: [0, 1] images -> logits. Both are put in eval mode and lose
-    their weight gradients. sampler: one of SAMPLERS. Defaults: t* = T / 10, for EDM the t of
-    sigma = 0.5, for GDMP 36; nfe = t*, for EDM 50 Heun steps (their levels rounded to the
-    schedule's, equal ones merged); rounds: 1, for GDMP 4, purifications in a row. snr: of the
-    corrector, one Langevin step before each step (Song et al., 2021; 0.16 is their CIFAR-10 value,
-    with norms per image instead of per batch). scale: GDMP's guidance. `calls` counts the network
-    calls of the last forward.
+    their weight gradients. sampler: one of SAMPLERS. Defaults: t* = T / 10, for EDM sigma = 0.5
+    instead of the sigma of a t*, for GDMP 36; nfe = t*, for EDM 50 Heun steps; rounds: 1, for GDMP
+    4, purifications in a row. clip: x^_0 of each step, for EDM the output alone. snr: of the
+    corrector, one Langevin step before each step (Song et al., 2021; 0.16 is their CIFAR-10 value).
+    noise_removal: VP-SDE's last step is its mean, as in P2's code; else it has noise like any other,
+    as in DiffPure. scale: GDMP's guidance. coup: the weight of the classifier's confidence in COUP
+    (Zhang et al., 2024), vp-sde whose score has the gradient of its logarithm added; P2 prints
+    neither the formula nor the weight, 1 is ours. `calls` counts the network calls of the last forward.
     noise(k, x), see image_draws: fixed noise instead of the global generator's, here, as the
     attribute, or in forward().
-    Raises ValueError for images outside [0, 1]; check_range=False spares the look at them, for
-    which a GPU must be waited for.
+    Raises ValueError for images outside [0, 1]. strict=False takes them as they are, for libraries
+    that probe beyond the border, and spares the look, for which a GPU must be waited for.
     """
 
     def __init__(
         self, model, schedule, classifier, sampler="ddpm", t_star=None, nfe=None, noise=None,
-        clip=True, variance="fixed-large", snr=0.16, scale=GUIDANCE, rounds=None,
-        checkpointed=True, check_range=True,
+        clip=True, variance="fixed-large", snr=0.16, noise_removal=False, scale=GUIDANCE,
+        coup=1.0, rounds=None, checkpointed=True, strict=True,
     ):  # fmt: skip
         super().__init__()
         if sampler not in SAMPLERS:
             raise ValueError(f"--purifier {sampler}: need one of {', '.join(SAMPLERS)}")
+        sigma_is_free = sampler in EDM and t_star is None
         if t_star is None:
             t_star = default_t_star(sampler, schedule)
         if nfe is None:
@@ -206,6 +208,9 @@ class PurifiedClassifier(nn.Module):
         if sampler != "none" and sampler not in EDM:
             ts = purification_timesteps(t_star, nfe)
             self.pairs = list(zip(ts, ts[1:] + [-1]))
+        self.real_t = getattr(model, "real_t", False)  # see samplers.edm_follow
+        if sampler in EDM:  # a network of integer t begins at a level of the schedule
+            self.sigma_max = 0.5 if sigma_is_free and self.real_t else schedule.sigmas[t_star]
         self.model = model
         self.classifier = classifier
         self.schedule = schedule
@@ -217,14 +222,16 @@ class PurifiedClassifier(nn.Module):
         self.clip = clip
         self.variance = variance
         self.snr = snr
+        self.noise_removal = noise_removal
         self.scale = scale
+        self.coup = coup
         self.checkpointed = checkpointed
-        self.check_range = check_range
+        self.strict = strict
         self.calls = 0
         self.eval().requires_grad_(False)
 
     def forward(self, x, noise=None):
-        if self.check_range or x.dim() != 4:
+        if self.strict or x.dim() != 4:
             low, high = torch.stack(x.detach().aminmax()).tolist()  # one wait for both
             if x.dim() != 4 or not (low >= -1e-6 and high <= 1 + 1e-6):  # also refuses NaN
                 raise ValueError(
@@ -257,12 +264,14 @@ class PurifiedClassifier(nn.Module):
         Draw 0 is the noise of Eq. 2, draw 1 + 2 i that of step i, 2 + 2 i that of its corrector or
         guidance.
         """
+        if self.sampler in EDM:
+            settings = dict(EDM[self.sampler], clip=False, real_t=self.real_t)
+            settings["noise"] = lambda i: noise(1 + 2 * i, x)
+            start = x + self.sigma_max * noise(0, x)
+            x_0 = edm_follow(self.eps, self.schedule, start, self.sigma_max, self.nfe, **settings)
+            return clipped(x_0, self.clip)
         t_star = torch.full((len(x),), self.t_star, device=x.device)
         x = self.schedule.q_sample(x, t_star, noise(0, x))
-        if self.sampler in EDM:
-            settings = dict(EDM[self.sampler], clip=self.clip, t_start=self.t_star)
-            settings["noise"] = lambda i: noise(1 + 2 * i, x)
-            return heun_follow(self.eps, self.schedule, x, self.nfe, **settings)
         abars = self.schedule.alphas_bar.to(x.device)
         abars = torch.cat([torch.ones_like(abars[:1]), abars])  # at index t + 1
         for i, (t, t_prev) in enumerate(self.pairs):
@@ -274,6 +283,9 @@ class PurifiedClassifier(nn.Module):
                 eps = self.eps(x, t).to(x.dtype)
                 x = langevin_step(x, eps, noise(2 + 2 * i, x), abar, before, self.snr)
             eps = self.eps(x, t).to(x.dtype)
+            if self.sampler == "coup":  # eps = -sqrt(1 - abar) score
+                slope = Slope.apply(confidence(self.classifier), x, given)
+                eps = eps - self.coup * like((1 - abar).sqrt(), x) * slope
             x_next = self.step(x, eps, noise(1 + 2 * i, x), abar, abar_prev)
             if self.sampler in ("gdmp-mse", "gdmp-ssim"):
                 guide = self.schedule.q_sample(given, t, noise(2 + 2 * i, x))
@@ -284,7 +296,9 @@ class PurifiedClassifier(nn.Module):
     def step(self, x, eps, z, abar, abar_prev):
         if self.sampler == "ddim":
             return ddim_step(x, eps, 0.0, abar, abar_prev, 0.0, self.clip)
-        if self.sampler.startswith("vp-sde"):
+        if self.sampler in ("vp-sde", "vp-sde-corrector", "coup"):
+            if self.noise_removal:
+                z = like(abar_prev < 1, x) * z
             return vp_sde_step(x, eps, z, abar, abar_prev)
         return ddpm_step(x, eps, z, abar, abar_prev, self.clip, self.variance)
 
@@ -299,101 +313,3 @@ def default_t_star(sampler, schedule):
     if sampler in EDM:
         return int(np.abs(np.array(schedule.sigmas) - 0.5).argmin())
     return 36 if sampler in GDMP else schedule.T // 10
-
-
-# --------------------------------------------------------------------------------------------------
-# the attack
-
-
-def noises(knowledge, seed, index, k, eot=1):
-    """The draws, known or fresh, over which step k of the attack averages; the evaluation's first
-    is draw 0."""
-    if knowledge in ("both", "no noise"):
-        return [image_draws(seed, index)]
-    if knowledge.startswith("semi-"):
-        return [image_draws(seed, index, j) for j in range(int(knowledge[5:]))]
-    forward = 0 if knowledge == "fwd" else None
-    first = UNSEEN + k * eot
-    return [image_draws(seed, index, first + j, forward) for j in range(eot)]
-
-
-def over_draws(quantity, net, x, y, draws, eot_batch=1):
-    """quantity(net, x, y, noise) -> (B, ..), averaged over the list `draws`, of which eot_batch are
-    evaluated in one larger batch."""
-    total = 0
-    compiled = sample.is_compiled(getattr(net, "model", None))
-    for group, count in sample.batches(draws, eot_batch, compiled):
-        repeated = torch.cat([x.detach()] * len(group))
-        values = quantity(net, repeated, y.repeat(len(group)), together(group))
-        total = total + values.unflatten(0, (len(group), len(x)))[:count].sum(0)
-    return total / len(draws)
-
-
-@torch.no_grad()
-def loss_of(net, x, y, noise):
-    """Cross-entropy (B,) under one draw for each image."""
-    return F.cross_entropy(net(x, noise).to(x.dtype), y, reduction="none")
-
-
-def gradient_of(net, x, y, noise):
-    """The gradient in x of loss_of, x's shape."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        logits = net(x, noise).to(x.dtype)
-        return scaled_gradient(F.cross_entropy(logits, y, reduction="sum"), logits, x)
-
-
-@torch.no_grad()
-def hit_of(net, x, y, noise):
-    """1 where the image is classified correctly, else 0; (B,) float64."""
-    return (net(x, noise).argmax(1) == y).double()
-
-
-def ascend(x, delta, grad, norm):
-    """One step of projected gradient ascent on delta, in the ball and with x + delta in [0, 1]."""
-    radius, step = NORMS[norm]
-    if norm == "linf":
-        delta = (delta + step * grad.sign()).clamp(-radius, radius)
-    else:
-        size = like(grad.flatten(1).norm(dim=1).clamp_min(torch.finfo(grad.dtype).tiny), x)
-        delta = delta + step * grad / size
-        delta = delta * (radius / like(delta.flatten(1).norm(dim=1), x).clamp_min(radius))
-    return (x + delta).clamp(0, 1) - x
-
-
-def pgd(net, x, y, draws, norm="linf", steps=20, eot_batch=1):
-    """PGD from a zero start -> x_adv, checks {name: (B,)}.
-
-    draws(k): the noises of step k, a list; draws(steps) those under which the losses of start and
-    end are compared.
-    """
-    delta = torch.zeros_like(x)
-    nonfinite = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    zero = torch.zeros_like(nonfinite)
-    for k in range(steps):
-        grad = over_draws(gradient_of, net, x + delta, y, draws(k), eot_batch)
-        nonfinite += (~grad.isfinite()).flatten(1).any(1)
-        grad = grad.nan_to_num(0, 0, 0)
-        zero += (grad == 0).flatten(1).all(1).double() / steps
-        delta = ascend(x, delta, grad, norm)
-    size = delta.flatten(1).norm(dim=1, p=float("inf") if norm == "linf" else 2)
-    beyond = (x + delta - 0.5).abs().flatten(1).amax(1) > 0.5 + 1e-6
-    start = over_draws(loss_of, net, x, y, draws(steps), eot_batch)
-    end = over_draws(loss_of, net, x + delta, y, draws(steps), eot_batch)
-    checks = dict(
-        outside=(size > NORMS[norm][0] * (1 + 1e-4)) | beyond,
-        nonfinite=nonfinite,
-        zero=zero,
-        rises=(end > start).double(),
-        start=start,
-        end=end,
-    )
-    return (x + delta).clamp(0, 1), checks
-
-
-def correct(net, x, y, seed, index, knowledge, draws, eot_batch=1):
-    """Share of the draws, numbered as the knowledge allows, with which each image is classified
-    correctly, (B,)."""
-    forward = 0 if knowledge == "fwd" else None
-    known = [image_draws(seed, index, d, forward) for d in draws]
-    return over_draws(hit_of, net, x, y, known, eot_batch)

@@ -9,17 +9,18 @@ The second is for Fig. 2 and Tables 2 and 9, the third for a laptop. P2 = "Under
 Enhancing the Robustness of Diffusion-Based Purification". The claim: purification is robust because
 its noise is unknown, not because it removes the perturbation: an attacker who knows all the noise
 (DW_Both) breaks it; and ADDT (`train.py --robust addt`) makes it more robust, known noise or not.
-The purifiers, the attack and what it may know: purification.py.
+The purifiers: purification.py; the attack and what it may know: purify_attack.py.
 
 One purification with noise that the attack has not seen (except as stated there) decides.
 --evaluations M > 1 also lets M purifications choose between the image and the attacked image, as
-P2's repaired AutoAttack does, and M others (ours) judge.
+P2's repaired AutoAttack does, and M others (ours) judge. --attack aa-rand is that AutoAttack itself
+(P2 Tables 13, 14; library_attack.py says what its columns are).
 
 The checks are always on: image within the ball and [0, 1], gradients finite and not 0, loss above
 that of the start on 90 % of the images. A violation is printed on stderr and kept in metrics.json.
 
 Leaves --out/purify.png, table.csv, table.md and metrics.json; with --figures also figures.png (P2
-Figs. 7, 8). Image i and all its noise are functions of --seed and i alone.
+Figs. 7, 8), with --landscape landscape.png (Figs. 1, 3). Image i and all its noise are functions of --seed and i alone.
 """
 
 import argparse
@@ -34,6 +35,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+import library_attack
 import outputs
 import purify_figures
 import runtime
@@ -42,26 +44,33 @@ from classifier import load_classifier
 from images import NAMES, load_images, refuse_other_classes
 from losses import NoiseSchedule, like
 from metrics import clopper_pearson
-from purification import NORMS, SAMPLERS, UNSEEN, PurifiedClassifier, correct, noises, pgd
+from purification import GDMP, NOISELESS, SAMPLERS, PurifiedClassifier
+from purify_attack import NORMS, correct, judging_draws, noises, pgd
 from runtime import between
+
+ATTACKS = {  # --attack: its own defaults
+    "pgd": dict(pgd=20, eot=None, evaluations=1),
+    "aa-rand": dict(pgd=100, eot=20, evaluations=20),
+}
 
 # --------------------------------------------------------------------------------------------------
 # one attack
 
 
-def judging_draws(knowledge, evaluations):
-    """-> numbers of the draws that choose between candidates, and of those that judge; the same
-    where the attack knows them."""
-    if knowledge in ("white", "fwd"):
-        choosers = range(2 * UNSEEN, 2 * UNSEEN + evaluations)
-        return list(choosers), list(range(evaluations))
-    known = int(knowledge[5:]) if knowledge.startswith("semi-") else 1
-    judges = list(range(min(evaluations, known)))
-    return judges, judges
+def amounts_to(knowledge, sampler):
+    """fwd is both where there is no other noise: all its draws would be equal."""
+    return "both" if knowledge == "fwd" and sampler in NOISELESS else knowledge
 
 
 def evaluate(net, x, y, index, args, knowledge, norm):
     """Attack a batch -> {name: (B,)}: right before and after it, over --evaluations, the checks."""
+    knowledge = amounts_to(knowledge, getattr(net, "sampler", None))
+
+    if args.attack == "aa-rand":
+        settings = (args.eot, args.pgd, args.evaluations, args.eot_batch)
+        return library_attack.autoattack_rand(
+            net, x, y, index, args.seed, knowledge, norm, *settings
+        )[1]
 
     def draws(k):
         return noises(knowledge, args.seed, index, k, args.eot)
@@ -84,8 +93,8 @@ def summarise(rows):
     """{name: (n,)} of an attack -> accuracies with intervals, the checks, `violated` among them."""
     n = len(rows["robust"])
     d = {}
-    # selected are shares, which vary less than a coin of that mean: a safe interval
-    for key in ("clean", "robust", "selected"):
+    # these may be shares, which vary less than a coin of that mean: a safe interval
+    for key in ("clean", *purify_figures.ACCURACIES):
         if key in rows:
             d[key] = rows[key].mean().item()
             d[key + "_ci"] = clopper_pearson(rows[key].sum().item(), n)
@@ -108,23 +117,60 @@ def summarise(rows):
     return d
 
 
-def run_attack(net, images, args, knowledge, norm, where, bar):
-    """The rows {name: (n,)} of evaluate over all images, the same on every process."""
+class Done:
+    """The attacked images of this process, kept in a file after each batch: {attack: dict(rows={name:
+    (k,)}, calls=network calls, seconds=)}. With --resume it begins with those of the file.
+    """
+
+    def __init__(self, path, args, world):
+        free = ("device", "data_root", "out", "resume", "figures", "landscape")
+        settings = {name: value for name, value in vars(args).items() if name not in free}
+        self.settings = settings | dict(world=world)
+        self.path = path
+        self.attacks = {}
+        if args.resume and path.exists():
+            found = runtime.load_checkpoint(path)
+            for name, value in self.settings.items():
+                if found["settings"].get(name) != value:
+                    raise ValueError(f"--resume: {path} is of another {runtime.flag(name)}")
+            self.attacks = found["attacks"]
+
+    def of(self, run):
+        return self.attacks.setdefault(" ".join(run), dict(rows={}, calls=0, seconds=0.0))
+
+    def add(self, run, row, calls, seconds):
+        attack = self.of(run)
+        for name, values in row.items():
+            attack["rows"][name] = torch.cat([attack["rows"].get(name, values[:0]), values])
+        attack["calls"] = calls
+        attack["seconds"] += seconds
+        found = dict(settings=self.settings, attacks=self.attacks)
+        runtime.save_checkpoint(self.path, found)
+
+
+def run_attack(net, images, args, run, where, bar, done):
+    """The rows {name: (n,)} of evaluate over all images, the same on every process; those in `done`
+    are not attacked again."""
     device, rank, world = where
+    _, _, knowledge, norm = run
     x, y = images
     mine = list(range(args.n))[rank::world]
-    parts = []
-    for numbers, count in sample.batches(mine, args.batch_size, sample.is_compiled(net.model)):
+    first = len(done.of(run)["rows"].get("robust", []))
+    bar.update(first)
+    left = mine[first:]
+    for numbers, count in sample.batches(left, args.batch_size, sample.is_compiled(net.model)):
+        began = time.time()
         index = torch.tensor(numbers, device=device)
         batch = x[numbers].to(device), y[numbers].to(device)
         with runtime.autocast(device, args.amp):
             row = evaluate(net, *batch, index, args, knowledge, norm)
-        parts.append({name: values[:count].double().cpu() for name, values in row.items()})
+        row = {name: values[:count].double().cpu() for name, values in row.items()}
+        done.add(run, row, net.calls, time.time() - began)
         bar.update(count)
     rows = {}
-    for name in parts[0]:
+    for name, values in done.of(run)["rows"].items():
         rows[name] = torch.zeros(args.n, dtype=torch.float64)
-        rows[name][mine] = torch.cat([part[name] for part in parts])
+        rows[name][mine] = values
         if world > 1:  # every row is written by one process; the others hold zeros
             dist.all_reduce(rows[name])
     return rows
@@ -134,7 +180,7 @@ def run_attack(net, images, args, knowledge, norm, where, bar):
 # the experiment
 
 
-def parse():
+def parse(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -143,23 +189,28 @@ def parse():
     variances = ["fixed-large", "fixed-small"]
     norms = "l_inf 8/255 in steps of 2/255, l_2 0.5 in steps of 0.1"
     add("--ckpt", required=True, nargs="+", help="checkpoints of train.py, or diffusers folders")
-    add("--classifier", required=True, metavar="PATH", help="a checkpoint of classifier.py")
+    networks = "a checkpoint of classifier.py, torchvision:NAME:PATH or wrn:PATH"
+    add("--classifier", required=True, metavar="PATH", help=networks)
     add("--data", required=True, metavar="NAME", help=f"its test split; all of a folder; {NAMES}")
     add("--data-root", default="data")
     add("--n", **count, default=64, help="test images; P2: 1024")
     add("--purifier", nargs="+", choices=SAMPLERS, default=["none", "ddpm"])
     add("--knowledge", nargs="+", default=["white", "both"], help="white | fwd | both | semi-N")
     add("--norm", nargs="+", choices=NORMS, default=["linf"], help=norms)
-    add("--pgd", **count, default=20, metavar="K", help="steps of the attack")
-    add("--eot", **count, default=10, metavar="N", help="draws averaged, under white and fwd")
-    add(
-        "--evaluations", **count, default=1, metavar="M", help="purifications that choose and judge"
-    )
+    add("--attack", choices=ATTACKS, default="pgd", help="aa-rand takes pip install pyautoattack")
+    add("--pgd", **count, metavar="K", help="steps of the attack; default: 20, aa-rand 100")
+    eot = "draws averaged; default: white 10, fwd 1 (P2's code), aa-rand 20"
+    add("--eot", **count, metavar="N", help=eot)
+    judges = "purifications that choose and judge; default: 1, aa-rand 20"
+    add("--evaluations", **count, metavar="M", help=judges)
     add("--t-star", type=int, help="t of the diffused image; default: 100, EDM sigma .5, GDMP 36")
     add("--nfe", type=int, help="steps back; default: t*, EDM 50")
     draws = between(0, kind=int)
     add("--figures", type=draws, default=0, metavar="N", help="figures.png, EoT up to N draws")
+    add("--landscape", type=draws, default=0, metavar="G", help="landscape.png on a grid of G x G")
     add("--variance", choices=variances, default="fixed-large", help="ddpm, gdmp: s_t^2 of Eq. 5")
+    add("--coup", type=between(0), default=1.0, help="coup: weight of the confidence (ours)")
+    add("--noise-removal", action="store_true", help="vp-sde: last step without noise (P2's code)")
     add("--no-clip", action="store_true", help="do not clip x^_0 to [-1, 1]")
     add("--raw", action="store_true", help="raw instead of EMA weights")
     add("--batch-size", **count, default=64, help="changes memory and speed, not the images")
@@ -168,20 +219,30 @@ def parse():
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
+    add("--resume", action="store_true", help="continue in --out, with the images that are left")
     add("--out", default="purify")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    for name, value in ATTACKS[args.attack].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     runtime.refuse_repeats(args, "purifier", "knowledge", "norm")
     for name in args.knowledge:
         draws = name.removeprefix("semi-") if name.startswith("semi-") else ""
         known = draws.isdecimal() and 0 < int(draws) < 10**6
         if name not in ("white", "fwd", "both") and not known:
             raise ValueError(f"--knowledge {name}: need white, fwd, both or semi-N with N >= 1")
-    idle = runtime.idle_flags(parser)
-    unpurified = "t_star nfe variance no_clip raw knowledge eot figures"
+    idle = runtime.idle_flags(parser, argv)
+    unpurified = "t_star nfe variance no_clip raw knowledge eot figures landscape coup"
     idle(set(args.purifier) == {"none"}, unpurified, "with --purifier none alone")
     idle(not {"white", "fwd"} & set(args.knowledge), "eot", "without --knowledge white or fwd")
-    idle(not {"ddpm", "gdmp"} & set(args.purifier), "variance", "without --purifier ddpm or gdmp")
+    idle(not {"ddpm", *GDMP} & set(args.purifier), "variance", "without --purifier ddpm or gdmp")
+    idle("coup" not in args.purifier, "coup", "without --purifier coup")
+    if args.landscape == 1:
+        raise ValueError("--landscape 1: needs at least 2")
     options = dict(t_star=args.t_star, nfe=args.nfe, clip=not args.no_clip, variance=args.variance)
+    options |= dict(noise_removal=args.noise_removal, coup=args.coup)
+    if args.noise_removal and not any(name.startswith("vp-sde") for name in args.purifier):
+        raise ValueError("--noise-removal: is for --purifier vp-sde and vp-sde-corrector")
     for sampler in args.purifier:  # all refused before any is run
         PurifiedClassifier(nn.Identity(), NoiseSchedule(), nn.Identity(), sampler, **options)
     return args, options
@@ -246,54 +307,73 @@ def planned(args, names):
                     yield name, sampler, knowledge, norm
 
 
+def draw_figures(args, options, models, classifier, data, styles, out, device):
+    """figures.png and landscape.png, of the first batch and the first purifier -> their numbers."""
+    schedule = NoiseSchedule().to(device)
+    curves = {}
+    planes = {}
+    for name, (model, size, _) in models.items() if args.figures or args.landscape else ():
+        sampler = next(sampler for sampler in args.purifier if sampler != "none")
+        x, y = (a[: args.batch_size].to(device) for a in data[size])
+        net = PurifiedClassifier(model, schedule, classifier, sampler, **options)
+        with runtime.autocast(device, args.amp):
+            if args.figures:
+                curves[name] = purify_figures.directions(net, x, y, args)
+            if args.landscape:
+                plane = purify_figures.landscape(net, x, y, args)
+                planes[name] = plane, purify_figures.trajectories(net, x, y, args)
+    if curves:
+        purify_figures.plot_directions(curves, sampler, styles, out / "figures.png")
+    if planes:
+        purify_figures.plot_landscape(planes, sampler, styles, out / "landscape.png")
+    return dict(directions=curves, landscapes=planes)
+
+
 def main():
     started = time.time()
     args, options = parse()
     device, rank, world = where = runtime.setup(args.device, parallel=True)
     if args.n < world:
         raise ValueError(f"--n {args.n}: fewer than the {world} processes")
-    runtime.precision(device, args.amp)  # refuses what the device cannot do
+    dtype = runtime.precision(device, args.amp)  # refuses what the device cannot do
+    if args.attack == "aa-rand":
+        library_attack.package()
+        if dtype == torch.float16:  # the library scales no gradient
+            raise ValueError("--attack aa-rand: gradients vanish in fp16; use --amp bf16 or fp32")
     models, classifier, data = load(args, device, world)
     out = outputs.claim(args.out) if rank == 0 else Path(args.out)
     schedule = NoiseSchedule().to(device)
     runs = list(planned(args, models))
     record = []
+    done = Done(out / f"rows-{rank}.pt", args, world)
     total = len(range(args.n)[rank::world]) * len(runs)
     with tqdm(total=total, desc="attack", unit="img", disable=rank > 0) as bar:
         for run in runs:
-            began = time.time()
-            name, sampler, knowledge, norm = run
+            name, sampler, knowledge, _ = run
             model, size, _ = models[name]
             net = PurifiedClassifier(
-                model, schedule, classifier, sampler, check_range=False, **options
-            )  # `ascend` clamps
-            rows = run_attack(net, data[size], args, knowledge, norm, where, bar)
+                model, schedule, classifier, sampler, strict=False, **options
+            )  # the attacks clamp
+            rows = run_attack(net, data[size], args, run, where, bar, done)
             row = dict(zip(("checkpoint", "purifier", "knowledge", "norm"), run))
-            row |= dict(calls=net.calls) | summarise(rows) | dict(seconds=time.time() - began)
+            eot = len(noises(amounts_to(knowledge, sampler), args.seed, None, 0, args.eot))
+            row |= dict(calls=done.of(run)["calls"], eot=eot) | summarise(rows)
+            row["seconds"] = done.of(run)["seconds"]
             record.append(row)
             if rank == 0:
                 for line in row["violated"]:
                     tqdm.write(f"CHECK VIOLATED: {', '.join(run)}: {line}", file=sys.stderr)
-                # after each: a kill loses the attack that runs, no other
                 outputs.write_table(out / "table.csv", record)
                 (out / "table.md").write_text(purify_figures.table(record, args))
     if rank == 0:
         methods = {name: trained.get("robust") for name, (_, _, trained) in models.items()}
         styles = outputs.styles(methods)
         purify_figures.plot(record, args, styles, out / "purify.png")
-        curves = {}
-        if args.figures:
-            sampler = next(sampler for sampler in args.purifier if sampler != "none")
-            for name, (model, size, _) in models.items():
-                x, y = (a[: args.batch_size].to(device) for a in data[size])
-                net = PurifiedClassifier(model, schedule, classifier, sampler, **options)
-                with runtime.autocast(device, args.amp):
-                    curves[name] = purify_figures.directions(net, x, y, args)
-            purify_figures.plot_directions(curves, sampler, styles, out / "figures.png")
-        settings = ["n", "pgd", "eot", "data", "classifier", "evaluations"]
+        figures = draw_figures(args, options, models, classifier, data, styles, out, device)
+        settings = ["n", "attack", "pgd", "data", "classifier", "evaluations"]
         settings = {name: getattr(args, name) for name in settings} | options
         violated = sum(len(row["violated"]) for row in record)
-        settings |= dict(world=world, runs=record, directions=curves, violated=violated)
+        settings |= dict(world=world, runs=record, violated=violated) | figures
         runtime.write_metrics(out, started, seed=args.seed, device=device, **settings)
         print((out / "table.md").read_text(), end="")
         print(f"-> {out}/purify.png, table.csv, table.md, metrics.json")

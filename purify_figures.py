@@ -1,4 +1,4 @@
-"""The table and the figures of purify.py: P2's tables, accuracy by knowledge, Figs. 7 and 8."""
+"""The table and the figures of purify.py: P2's tables, accuracy by knowledge, Figs. 1, 3, 7 and 8."""
 
 import numpy as np
 import torch
@@ -6,10 +6,19 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import outputs
+from losses import like
 from outputs import plt
-from purification import UNSEEN, gradient_of, image_draws, loss_of, noises, over_draws
+from purification import image_draws
+from purify_attack import UNSEEN, gradient_of, loss_of, noises, over_draws, pgd
 
 COLOURS = outputs.COLOURS[1:]  # without black, which is the intervals'
+ACCURACIES = {  # of an attack's row: what the table calls it; library_attack.py says what it is
+    "robust": "",
+    "selected": ", chosen",
+    "judged": ", judged anew",
+    "unrepaired": ", AutoAttack's own",
+    "flags": ", its own count",
+}
 
 
 def of_group(record, name, sampler):
@@ -23,12 +32,11 @@ def percent(row, key):
 
 def table(record, args):
     """Like P2's, in Markdown: one row per checkpoint and purifier, percent with 95 % intervals."""
-    accuracies = {"robust": "", "selected": ", chosen"}
     heads = []
     columns = []
     for norm in args.norm:
         for knowledge in args.knowledge:
-            for key, label in accuracies.items():
+            for key, label in ACCURACIES.items():
                 if key in record[0]:
                     columns.append((norm, knowledge, key))
                     heads.append(f"{norm} {knowledge}{label}")
@@ -73,7 +81,10 @@ def plot(record, args, styles, path):
     for kind, colour in colours.items():
         handles.append(plt.Rectangle((0, 0), 1, 1, color=colour, label=", ".join(kind)))
     fig.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-    fig.suptitle(f"Purification under PGD-{args.pgd}, EoT-{args.eot}, n = {args.n}", fontsize=11)
+    attack = {"pgd": "PGD", "aa-rand": "AutoAttack-rand"}[args.attack]
+    draws = max(row["eot"] for row in record)
+    title = f"Purification under {attack}-{args.pgd}, EoT-{draws}, n = {args.n}"
+    fig.suptitle(title, fontsize=11)
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
@@ -135,5 +146,133 @@ def plot_directions(curves, sampler, styles, path):
     for ax in axes:
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def plot_sweeps(rows, path):
+    """Of reproduce_purify.py: robust accuracy against EoT (Fig. 7) and against NFE (Tables 3, 10, Fig. 9), 95 % intervals."""
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    panels = (("eot-sweep-", "draws averaged (EoT)"), ("nfe-", "network calls"))
+    for ax, (prefix, label) in zip(axes, panels):
+        lines = {}
+        for row in rows:
+            if row["norm"] != "linf" or not row["folder"].startswith(prefix):
+                continue
+            at = row["calls"] if prefix == "nfe-" else int(row["folder"].removeprefix(prefix))
+            key = f"{row['checkpoint']}, {row['purifier']}, {row['knowledge']}"
+            lines.setdefault(key, []).append((at, row))
+        for key, points in lines.items():
+            points = sorted(points, key=lambda point: point[0])
+            at = [x for x, _ in points]
+            robust = [100 * row["robust"] for _, row in points]
+            ends = np.array([row["robust_ci"] for _, row in points]).T * 100
+            error = np.abs(ends - robust)
+            ax.errorbar(at, robust, error, marker="o", markersize=4, capsize=2, label=key)
+        ax.set(xlabel=label, ylabel="robust accuracy (%), l_inf", xscale="log", ylim=(0, 100))
+        ax.grid(alpha=0.3)
+        if lines:
+            ax.legend(fontsize=7)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+# --------------------------------------------------------------------------------------------------
+# the way of an attack
+
+REPEATS = 5  # evaluations of one image, each attacked by itself
+
+
+def attack_path(net, x, y, index, args, knowledge, eot):
+    """The delta of l_inf PGD after each step -> (K + 1, B, C, H, W); the first is 0."""
+    path = [torch.zeros_like(x)]
+
+    def draws(k):
+        return noises(knowledge, args.seed, index, k, eot)
+
+    pgd(net, x, y, draws, "linf", args.pgd, args.eot_batch, path)
+    return torch.stack(path)
+
+
+def landscape(net, x, y, args):
+    """P2 Fig. 3, App. D: the mean loss under the evaluation's own noise (ours) on the plane x + a d_1
+    + b d_2, and the White-box EoT and DW_Both attacks projected on it.
+
+    d_1: where DW_Both ends; d_2: what is orthogonal to it of where White-box ends. Each image has its
+    own plane. -> dict(a=, loss= (len(a), len(a)) with b along the rows, paths={name: [[a, b], ..]}).
+    """
+    index = torch.arange(len(x), device=x.device)
+    known = noises("both", args.seed, index, 0)
+    draws = len(noises("white", args.seed, index, 0, args.eot))
+    ways = {
+        f"White-box EoT-{draws}": attack_path(net, x, y, index, args, "white", draws),
+        "all noise known (DW)": attack_path(net, x, y, index, args, "both", 1),
+    }
+    white, both = (way[-1] for way in ways.values())
+    d_1 = both
+    d_2 = white - like(dot(white, d_1) / dot(d_1, d_1), x) * d_1
+    paths = {}
+    for name, way in ways.items():
+        a = [(dot(delta, d_1) / dot(d_1, d_1)).mean().item() for delta in way]
+        b = [(dot(delta, d_2) / dot(d_2, d_2).clamp_min(1e-30)).mean().item() for delta in way]
+        paths[name] = [list(pair) for pair in zip(a, b)]
+    ends = np.linspace(-0.5, 1.5, args.landscape).tolist()
+    loss = []
+    for b in tqdm(ends, desc="landscape"):
+        at = [(x + a * d_1 + b * d_2).clamp(0, 1) for a in ends]
+        loss.append([over_draws(loss_of, net, one, y, known).mean().item() for one in at])
+    return dict(a=ends, loss=loss, paths=paths)
+
+
+def dot(a, b):
+    return (a * b).flatten(1).sum(1)
+
+
+def trajectories(net, x, y, args):
+    """P2 Fig. 1: attacks on REPEATS evaluations of the first image, in the plane of their two leading
+    principal components (ours; P2's t-SNE keeps no distances), with the loss under each evaluation's
+    own noise. -> {name: dict(at= (REPEATS, K + 1, 2), loss= (REPEATS, K + 1))}."""
+    x, y = x[:1].repeat(REPEATS, 1, 1, 1), y[:1].repeat(REPEATS)
+    index = torch.arange(REPEATS, device=x.device)  # of its noise: five evaluations
+    known = noises("both", args.seed, index, 0)
+    draws = len(noises("white", args.seed, index, 0, args.eot))
+    ways = {
+        "White-box EoT-1": attack_path(net, x, y, index, args, "white", 1),
+        f"White-box EoT-{draws}": attack_path(net, x, y, index, args, "white", draws),
+        "all noise known (DW)": attack_path(net, x, y, index, args, "both", 1),
+    }
+    points = torch.stack(list(ways.values())).flatten(3)  # (ways, K + 1, REPEATS, pixels)
+    centred = points.flatten(0, 2) - points.flatten(0, 2).mean(0)
+    _, _, components = torch.linalg.svd(centred.float(), full_matrices=False)
+    found = {}
+    for (name, way), own in zip(ways.items(), points):
+        at = own.float() @ components[:2].mT
+        loss = torch.stack([over_draws(loss_of, net, x + delta, y, known) for delta in way])
+        found[name] = dict(at=at.transpose(0, 1).tolist(), loss=loss.mT.tolist())
+    return found
+
+
+def plot_landscape(found, sampler, styles, path):
+    """found: {checkpoint: (landscape, trajectories)}; Fig. 3 above, Fig. 1 below."""
+    size = (5 * len(found), 8.5)
+    fig, axes = plt.subplots(2, len(found), figsize=size, squeeze=False, layout="constrained")
+    for (top, below), (name, (plane, ways)) in zip(axes.T, found.items()):
+        levels = top.contourf(plane["a"], plane["a"], plane["loss"], 20, cmap="viridis")
+        fig.colorbar(levels, ax=top, label="cross-entropy")
+        for (label, way), colour in zip(plane["paths"].items(), COLOURS):
+            top.plot(*zip(*way), "o-", markersize=3, color=colour, label=label)
+        top.set(title=f"{styles[name][1]}, {sampler}")
+        top.set(xlabel="share of the DW attack", ylabel="share of what White-box adds")
+        highest = max(max(map(max, way["loss"])) for way in ways.values())
+        scale = dict(vmin=0, vmax=highest, cmap="viridis", s=14, zorder=3)
+        for (label, way), colour in zip(ways.items(), COLOURS):
+            for i, (at, loss) in enumerate(zip(way["at"], way["loss"])):
+                below.plot(*zip(*at), color=colour, lw=1, label=label if i == 0 else None)
+                dots = below.scatter(*zip(*at), c=loss, **scale)
+        fig.colorbar(dots, ax=below, label="cross-entropy")
+        below.set(title=f"{REPEATS} evaluations of one image")
+        below.set(xlabel="first principal component", ylabel="second")
+        for ax in (top, below):
+            ax.legend(fontsize=8)
     fig.savefig(path, dpi=120)
     plt.close(fig)

@@ -5,6 +5,7 @@
     python reproduce.py short --data cifar10 --minutes 9                            # one large GPU, in pieces
     python reproduce.py full --data cifar10 --inception-weights PATH                # the published length
     python reproduce.py full --data cifar10 --dry-run
+    python reproduce.py purify toy --data ...       # the second paper's, see reproduce_purify.py
 
 How a list is run, stopped and continued: runner.py. Checkpoints and samples stay in --work; --out
 gets table.md, the figures and the records. `short` and `full` score with Inception; `toy` trains a
@@ -14,10 +15,12 @@ stands to DDPM on the same data as it does in the paper. The rivals: rivals.py.
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
 import outputs
+import reproduce_purify
 import runtime
 from runner import add_arguments, check, finished, run_all
 from runtime import flag
@@ -347,6 +350,8 @@ def parse_args():
 
 
 def main():
+    if sys.argv[1:2] == ["purify"]:
+        return reproduce_purify.main(sys.argv[2:])
     args = parse_args()
     if args.size == "first":  # its folder is compare.py's
         if run_all(first(args), args):

@@ -1,7 +1,7 @@
 """A resumable list of commands over the other scripts: [(result that says it is done, argv)].
 
 A command whose result is there is skipped; a training that was stopped continues from its
-checkpoint. So after a kill, or after --minutes, the same line goes on.
+checkpoint, an attack on purifiers from the images that it has done. So after a kill, or after --minutes, the same line goes on.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from pathlib import Path
 from outputs import Failed, read_json, refuse_foreign
 from runtime import SEED, between, setup
 
+RESUMES = {"train.py": "ckpt.pt", "purify.py": "rows-0.pt"}  # script: what it continues from
 HERE = Path(__file__).resolve().parent
 
 
@@ -73,7 +74,7 @@ def run(done, argv, deadline, first=True):
 
     -> whether it ended.
     """
-    resumes = argv[0] == "train.py" and (done.parent / "ckpt.pt").exists()
+    resumes = argv[0] in RESUMES and (done.parent / RESUMES[argv[0]]).exists()
     command = [sys.executable, str(HERE / argv[0]), *argv[1:]]
     process = subprocess.Popen(
         command + ["--resume"] if resumes else command, preexec_fn=end_with_parent
@@ -83,7 +84,7 @@ def run(done, argv, deadline, first=True):
     except subprocess.TimeoutExpired:
         process.terminate()
         process.wait()
-        if first and argv[0] != "train.py":
+        if first and argv[0] not in RESUMES:
             raise Failed(
                 f"{argv[0]}: does not fit into --minutes and cannot be continued in pieces; give more"
             ) from None

@@ -228,9 +228,9 @@ def refuse_repeats(args, *names):
             raise ValueError(f"{flag(name)}: {twice} is given twice")
 
 
-def idle_flags(parser):
+def idle_flags(parser, argv=None):
     """-> idle(where, names, how), which refuses those of the names that the user typed, if `where`."""
-    given = given_flags(parser)
+    given = given_flags(parser, argv)
 
     def idle(where, names, how):
         found = sorted(given & set(names.split()))

@@ -3,9 +3,10 @@
     x0 = ddpm_sample(model, schedule, torch.randn(64, 3, 32, 32))
     x0 = ddim_sample(model, schedule, x_T, steps=50, rederive=True)  # as the command line does
 
-A model is any callable (x_t, t) -> eps; `schedule` is a losses.NoiseSchedule. In the steps, abar
-and abar_prev are (B,) float64 with abar < abar_prev <= 1. A new sampler is a function and a row of
-SAMPLERS.
+A model is any callable (x_t, t) -> eps, t (B,) integers; EDM's sampler asks one that has the
+attribute real_t = True, as UNet, for t between them. `schedule` is a losses.NoiseSchedule. In the
+steps, abar and abar_prev are (B,) float64 with abar < abar_prev <= 1. A new sampler is a function
+and a row of SAMPLERS.
 """
 
 import functools
@@ -114,21 +115,56 @@ def ddim_timesteps(T, steps=100):
     return list(zip(ts, ts[1:] + [-1]))
 
 
-def heun_timesteps(schedule, steps=18, t_start=None, rho=7.0):
-    """t of EDM's noise levels sigma_i (Karras et al., 2022, Eq. 5), rounded to the schedule, from
-    t_start to 0.
+def heun_levels(schedule, steps=18, sigma_max=None, real_t=True, sigma_min=0.002, rho=7.0):
+    """EDM's noise levels, from sigma_max (default: the schedule's largest) to sigma_min (Karras et
+    al., 2022, Eq. 5) -> `steps` numbers.
+
+    For a network of integer t rounded to the schedule's and none below its smallest, which merges
+    some, as round_sigma and sigma_min of EDM's code do for such a network.
     """
-    sigmas = np.array(schedule.sigmas)
-    t_start = schedule.T - 1 if t_start is None else t_start
-    if not 1 <= steps <= schedule.T or not 0 <= t_start < schedule.T:
-        raise ValueError(
-            f"heun: need --steps >= 1 (got {steps}) and t_start in 0..{schedule.T - 1} (got {t_start})"
-        )
-    high = sigmas[t_start] ** (1 / rho)
-    low = sigmas[0] ** (1 / rho)
-    levels = (high + np.linspace(0, 1, steps) * (low - high)) ** rho
-    ts = {int(np.abs(sigmas - level).argmin()) for level in levels}
-    return sorted(ts, reverse=True)  # the rounding may merge the smallest levels
+    if not 1 <= steps <= schedule.T:
+        raise ValueError(f"heun: need --steps in 1..{schedule.T} (got {steps})")
+    high = (sigma_max or schedule.sigmas[-1]) ** (1 / rho)
+    low = (sigma_min if real_t else schedule.sigmas[0]) ** (1 / rho)
+    levels = ((high + np.linspace(0, 1, steps) * (low - high)) ** rho).tolist()
+    levels = {round_sigma(schedule, sigma, real_t) for sigma in levels}
+    return sorted(levels, reverse=True)
+
+
+def round_sigma(schedule, sigma, real_t):
+    """sigma, or the schedule's level next to it for a network of integer t."""
+    return sigma if real_t else min(schedule.sigmas, key=lambda level: abs(level - sigma))
+
+
+def time_of(schedule, sigma):
+    """The real t whose noise level is sigma: linear in log(1 + sigma^2) = -log abar between the
+    schedule's steps.
+
+    So beta is constant within a step, and in this variable EDM's VP wrapper solves for t. Ours: below
+    the smallest level (.01 at t = 0) t is 0 and above the largest T - 1, since no network was
+    trained beyond them.
+    """
+    table = np.log1p(np.square(schedule.sigmas))
+    return float(np.interp(np.log1p(sigma**2), table, np.arange(schedule.T)))
+
+
+def from_denoiser(denoiser, schedule):
+    """The eps-network of a denoiser (x_0 + sigma N(0, I), sigma (B,)) -> x_0, as EDM's networks are:
+    eps = (x - D(x; sigma)) / sigma at x = x_t / sqrt(abar_t), for integer and real t (see time_of).
+    """
+    levels = torch.tensor(schedule.sigmas, dtype=torch.float64).square().log1p()  # -log abar
+
+    def model(x_t, t):
+        table = levels.to(t.device)
+        t = t.double()
+        k = t.floor().long().clamp(max=len(table) - 2)
+        level = table[k] + (t - k) * (table[k + 1] - table[k])
+        sigma = level.expm1().sqrt()
+        x = like((level / 2).exp(), x_t) * x_t
+        return (x - denoiser(x, sigma.to(x.dtype))) / like(sigma, x)
+
+    model.real_t = True
+    return model
 
 
 # --------------------------------------------------------------------------------------------------
@@ -198,43 +234,66 @@ def no_noise(i):
 
 def heun_follow(
     model, schedule, x_T, steps=18, S_churn=0.0, S_min=0.0, S_max=float("inf"), S_noise=1.0,
-    clip=True, t_start=None, noise=None, compiled=False,
+    clip=True, t_start=None, noise=None, compiled=False, real_t=None,
 ):  # fmt: skip
-    """EDM's Algorithm 2 (Karras et al., 2022) on an eps-network, 2 steps - 1 network calls; keeps
-    gradients.
+    """edm_follow between VP samples: x_T at t_start (default T - 1) -> x_0; keeps gradients."""
+    t_start = schedule.T - 1 if t_start is None else t_start
+    if not 0 <= t_start < schedule.T:
+        raise ValueError(f"heun: need t_start in 0..{schedule.T - 1} (got {t_start})")
+    sigma = schedule.sigmas[t_start]
+    x = x_T * (1 + sigma**2) ** 0.5  # VP -> EDM: x / sqrt(abar) at sigma = sqrt((1 - abar) / abar)
+    return edm_follow(
+        model, schedule, x, sigma, steps, S_churn, S_min, S_max, S_noise, clip, noise, compiled,
+        real_t,
+    )  # fmt: skip
 
-    VP -> EDM: x / sqrt(abar) at sigma = sqrt((1 - abar) / abar). x_T is a VP sample at t_start
-    (default T - 1). S_churn > 0 adds noise within [S_min, S_max]; all levels are rounded to the
-    schedule's (ours).
+
+def edm_follow(
+    model, schedule, x, sigma_max, steps=18, S_churn=0.0, S_min=0.0, S_max=float("inf"), S_noise=1.0,
+    clip=True, noise=None, compiled=False, real_t=None,
+):  # fmt: skip
+    """EDM's Algorithm 2 (Karras et al., 2022) on an eps-network, from x = x_0 + sigma_max N(0, I)
+    -> x_0, with 2 steps - 1 network calls; keeps gradients.
+
+    The network is called with x / sqrt(1 + sigma^2) and t = time_of(sigma). S_churn > 0 adds noise
+    within [S_min, S_max]. real_t: whether the network takes real t; default: whether it says so, as
+    UNet does. Other networks are called at the schedule's levels (see heun_levels) and integer t.
     """
     if not 0 <= S_churn < float("inf"):
         raise ValueError(f"--s-churn {S_churn}: must be finite and at least 0")
-    abars = schedule.alphas_bar.to(x_T.device)
-    scales = abars.sqrt().to(x_T.dtype)
-    table = np.array(schedule.sigmas)
-    sigmas = torch.cat([((1 - abars) / abars).sqrt(), torch.zeros_like(abars[:1])])  # at -1: 0
+    if real_t is None:
+        real_t = getattr(model, "real_t", False)
     predict, correct = heun_predict, heun_correct
     if compiled:
         predict = torch.compile(heun_predict, dynamic=False)
         correct = torch.compile(heun_correct, dynamic=False)
 
-    def eps(x, t):
-        answer = model(x * scales[t], torch.full((len(x),), t, device=x.device))
+    def eps(x, sigma):
+        t = time_of(schedule, sigma)
+        t = x.new_full((len(x),), t) if real_t else torch.full((len(x),), round(t), device=x.device)
+        answer = model(x / (1 + sigma**2) ** 0.5, t)
         # a CUDA graph writes its next output over this one
-        return answer if clip else answer.clone()
+        return answer.clone() if compiled and not clip else answer
 
-    ts = heun_timesteps(schedule, steps, t_start)
-    x = x_T / scales[ts[0]]
-    for i, (t, t_next) in enumerate(zip(ts, ts[1:] + [-1])):
-        if S_churn > 0 and S_min <= table[t] <= S_max:
-            wanted = table[t] * (1 + min(S_churn / len(ts), 2**0.5 - 1))
-            t_hat = max(t, int(np.abs(table - wanted).argmin()))
+    sigmas = heun_levels(schedule, steps, sigma_max, real_t) + [0.0]
+    hats = list(sigmas)
+    if S_churn > 0:
+        gamma = min(S_churn / steps, 2**0.5 - 1)
+        for i, sigma in enumerate(sigmas[:-1]):
+            if S_min <= sigma <= S_max:
+                hats[i] = round_sigma(schedule, sigma * (1 + gamma), real_t)
+    numbers = {sigma: sigma for sigma in hats + sigmas}
+    if compiled:  # tensors, since a compiled graph belongs to the values of its numbers
+        values = torch.tensor(list(numbers), dtype=torch.float64, device=x.device)
+        numbers = dict(zip(numbers, values))
+    for i, (sigma, hat, sigma_next) in enumerate(zip(sigmas, hats, sigmas[1:])):
+        if hat > sigma:
             z = torch.randn_like(x) if noise is None else noise(i)
-            x = x + S_noise * (table[t_hat] ** 2 - table[t] ** 2) ** 0.5 * z
-            t = t_hat
-        x_next, d = predict(x, eps(x, t), sigmas[t], sigmas[t_next], clip)
-        if t_next >= 0:
-            x_next = correct(x, x_next, d, eps(x_next, t_next), sigmas[t], sigmas[t_next], clip)
+            x = x + S_noise * (hat**2 - sigma**2) ** 0.5 * z
+        ends = numbers[hat], numbers[sigma_next]
+        x_next, d = predict(x, eps(x, hat), *ends, clip)
+        if sigma_next > 0:
+            x_next = correct(x, x_next, d, eps(x_next, sigma_next), *ends, clip)
         x = x_next
     return x
 

@@ -67,23 +67,25 @@ def huber(model, schedule, args, x0, t, eps, **_):
 
 def addt(model, schedule, args, x0, t, eps, y=None, classifier=None, **_):
     return addt_loss(  # P2 Algorithm 1
-        model, schedule, classifier, x0, y, t, eps, args.addt_guide, args.addt_perturb
-    )
+        model, schedule, classifier, x0, y, t, eps, args.addt_guide, args.addt_perturb,
+        unit=args.addt_unit, high=args.addt_max,
+    )  # fmt: skip
 
 
 RAY = "lam omega gamma ray_units objective detach".split()
 REGULARISER = [*RAY, "reg_last", "reg_share", "reg_from", "reg_lr"]
+ADDT = "classifier addt_guide addt_perturb addt_unit addt_max".split()
 OBJECTIVES = {  # --robust: (objective, the flags that it alone reads, what it is)
     "none": (ddpm, [], "DDPM (Eq. 4)"),
     "ran": (regularised("ran", "equivariance"), REGULARISER, "Robust_ran (Eq. 10)"),
     "adv": (regularised("adv", "equivariance"), REGULARISER, "Robust_adv (Eq. 10)"),
     "inv-ran": (regularised("ran", "invariance"), REGULARISER, "invariance (Eq. 9), must fail"),
     "inv-adv": (regularised("adv", "invariance"), REGULARISER, "the same, adversarial"),
-    "addt": (addt, ["classifier", "addt_guide", "addt_perturb"], "fine-tunes --init (P2)"),
+    "addt": (addt, ADDT, "fine-tunes --init, by default with P2's recipe"),
     "ambient": (ambient, ["sigma_scale", "noisy_above"], "rival: noise estimated per image"),
     "huber": (huber, ["huber_c"], "rival: pseudo-Huber loss"),
 }
-RECIPES = {  # what --iters, --batch-size and --lr default to; DDPM's own, tiny and mini are ours
+RECIPES = {  # defaults of --iters, --batch-size, --lr: DDPM's own, tiny and mini are ours
     "ddpm": dict(iters=800_000, batch_size=128, lr=2e-4),
     "ddpm64": dict(iters=500_000, batch_size=128, lr=2e-4),
     "tiny": dict(iters=1200, batch_size=64, lr=5e-4),
@@ -130,6 +132,8 @@ def parse_args(argv=None):
     add("--classifier", metavar="PATH", help="addt: a checkpoint of classifier.py")
     add("--addt-guide", choices=guides, default=guides[0], help="addt: what its delta raises")
     add("--addt-perturb", choices=["rbgm", "linf"], default="rbgm", help="addt: linf: an ablation")
+    add("--addt-unit", type=number, help="addt: lambda_unit (P2 Eq. 7); default .03, linf 1")
+    add("--addt-max", type=number, help="addt: lambda_max; default .3, linf 10")
     # the data
     add("--data", default="synthetic", metavar="NAME", help=NAMES)
     add("--data-root", default="data", help="downloads and decoded caches")
@@ -142,14 +146,17 @@ def parse_args(argv=None):
     add("--model", choices=PRESETS, default="ddpm", help="ddpm: 35.7 M; mini, tiny: for a CPU")
     add("--init", metavar="PATH", help="start from a checkpoint's EMA weights or diffusers folder")
     add("--dropout", type=below_1, help="default ddpm 0.1, tiny, mini 0")
-    add("--iters", type=count, help="default ddpm 800000, ddpm64 500000, tiny, mini 1200")
-    add("--batch-size", type=count, help="over all processes; default ddpm 128, tiny, mini 64")
+    add("--iters", type=count, help="default ddpm 800000, ddpm64 500000, addt 19600, others 1200")
+    add("--batch-size", type=count, help="in all processes; default ddpm 128, addt 256, others 64")
     add("--accum", type=count, default=1, help="gradient accumulation steps within a batch")
-    add("--lr", type=number, help="default ddpm 2e-4, tiny 5e-4, mini 1e-3")
-    add("--warmup", type=steps, help="linear; default 5000, at most a tenth of --iters")
-    add("--optimizer", choices=["adam", "adamw"], default="adam")
+    add("--lr", type=number, help="default ddpm 2e-4, tiny 5e-4, mini 1e-3; addt 2e-4")
+    add("--warmup", type=steps, help="linear; default 5000, at most a tenth of --iters; addt 0")
+    add("--optimizer", choices=["adam", "adamw"], help="default adam; addt adamw")
+    add("--beta1", type=below_1, help="of the optimizer; default 0.9; addt 0.95")
+    add("--weight-decay", type=number, help="default 0, adamw 0.01; addt 1e-6")
     add("--clip-grad", type=number, default=1.0, help="0: no clipping")
-    add("--ema", type=below_1, default=0.9999, help="ramped up as (1 + step) / (10 + step) (ours)")
+    add("--ema", type=below_1, default=0.9999, help="decay of the averaged weights, at most")
+    add("--ema-ramp", choices=training.EMA_RAMPS, help="before that; default tenth; addt power")
     add("--seed", type=between(0, 2**63 - 1, kind=int), default=0)
     # the run
     add("--out", default="out")
@@ -163,18 +170,8 @@ def parse_args(argv=None):
     add("--log-every", type=count, metavar="K", help="default 50; 10 for tiny, mini")
     args = parser.parse_args(argv)
     args.given = given_flags(parser, argv)
-    fill(args, **RECIPES[args.model])
-    tenth = args.iters // 10
-    fill(args, warmup=min(5000, tenth), save_every=min(5000, max(1, tenth)))
-    fill(args, sample_every=max(1, args.iters // 4))
-    fill(args, log_every=10 if args.model in ("tiny", "mini") else 50)
+    training.complete(args, RECIPES[args.model])
     return args
-
-
-def fill(args, **defaults):
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -222,6 +219,7 @@ def prepare(net, args, device, world=1, backend=None, cast_once=None):
     weights: those that compute, with cast_once (None: on a GPU, where a cast is a launch) copies of
     them in lower precision; else autocast casts next to their use."""
     optimizer = dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW)[args.optimizer]
+    options = dict(lr=args.lr, betas=(args.beta1, 0.999), weight_decay=args.weight_decay)
     params = list(net.parameters())
     dtype = precision(device, args.amp)
     once = device.type == "cuda" if cast_once is None else cast_once
@@ -234,7 +232,7 @@ def prepare(net, args, device, world=1, backend=None, cast_once=None):
         world=world,
         model=torch.compile(model, backend=backend, dynamic=False) if backend else model,
         ema=copy.deepcopy(net).eval().requires_grad_(False),
-        optimizer=optimizer(params, lr=args.lr, fused=True),
+        optimizer=optimizer(params, **options, fused=True),
         schedule=NoiseSchedule().to(device),
         cast=runtime.autocast(device, args.amp),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
@@ -275,7 +273,7 @@ def train_step(state, args, step, batches, classifier=None):
     grad_norm = torch.nn.utils.clip_grad_norm_(state.params, most, foreach=True)
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    decay = min(args.ema, (1 + since) / (10 + since))
+    decay = min(args.ema, training.EMA_RAMPS[args.ema_ramp](since))
     with torch.no_grad():
         torch._foreach_lerp_(list(state.ema.parameters()), state.params, 1 - decay)
     means = {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}

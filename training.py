@@ -20,6 +20,37 @@ from sample import checkpoint_in, generate
 from unet import PRESETS, UNet
 
 # --------------------------------------------------------------------------------------------------
+# defaults
+
+EMA_RAMPS = {  # decay of the averaged weights after `step` steps, at most --ema
+    "tenth": lambda step: (1 + step) / (10 + step),  # ours
+    "power": lambda step: 1 - (1 + step) ** -0.75,  # P2's code
+}
+# --robust addt, as in P2's code, whose schedule of a constant rate ignores the warm-up of 500 steps
+# that it is given: so do we.
+ADDT = dict(lr=2e-4, warmup=0, optimizer="adamw", beta1=0.95, weight_decay=1e-6, ema_ramp="power")
+ADDT_DDPM = dict(iters=19_600, batch_size=256)  # 100 epochs of CIFAR-10; tiny, mini: their own
+
+
+def complete(args, recipe):
+    """Fill in what was not given. recipe: of the network, see train.RECIPES."""
+    if args.robust == "addt":
+        fill(args, **ADDT, **({} if args.model in ("tiny", "mini") else ADDT_DDPM))
+    fill(args, **recipe, optimizer="adam", beta1=0.9, ema_ramp="tenth")
+    fill(args, weight_decay=0.01 if args.optimizer == "adamw" else 0.0)
+    tenth = args.iters // 10
+    fill(args, warmup=min(5000, tenth), save_every=min(5000, max(1, tenth)))
+    fill(args, sample_every=max(1, args.iters // 4))
+    fill(args, log_every=10 if args.model in ("tiny", "mini") else 50)
+
+
+def fill(args, **defaults):
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+# --------------------------------------------------------------------------------------------------
 # the network and the data
 
 
@@ -172,6 +203,8 @@ def check_objective(args, objectives):
                 "--addt-guide classifier: needs --classifier PATH, a checkpoint of "
                 "classifier.py; or choose mse or none"
             )
+        if args.addt_perturb == "rbgm" and (args.addt_max or 0) > 1:
+            raise ValueError(f"--addt-max {args.addt_max}: at most 1 with --addt-perturb rbgm")
         if args.addt_guide != "classifier" and args.classifier:
             raise ValueError(f"--addt-guide {args.addt_guide}: takes no --classifier")
 
@@ -198,6 +231,9 @@ def resume(args, path, change):
     if "reg_last" not in ckpt["args"]:  # written before there was a second phase
         ckpt["args"] |= dict(reg_last=1.0, reg_share=1.0, reg_lr=1.0)
     ckpt["args"].setdefault("reg_from", 0)
+    if "beta1" not in ckpt["args"]:  # written before these were flags
+        decay = 0.01 if ckpt["args"].get("optimizer") == "adamw" else 0.0
+        ckpt["args"] |= dict(beta1=0.9, weight_decay=decay, ema_ramp="tenth")
     if ckpt["args"].get("amp") == "auto" and not torch.cuda.is_available():
         ckpt["args"]["amp"] = "fp32"  # what auto meant on a CPU before it was stored by name
     for name, value in ckpt["args"].items():

@@ -140,7 +140,8 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps_theta: x (B, C, H, W), t (B,) in 0..T-1 -> the predicted unit noise, x's shape and dtype.
+    """eps_theta: x (B, C, H, W), t (B,) in 0..T-1, integer or real -> the predicted unit noise, x's
+    shape and dtype.
 
     channels   width of each resolution, halving from one to the next, so that H and W must divide
                by `factor`, patch 2^(len(channels) - 1)
@@ -153,6 +154,8 @@ class UNet(nn.Module):
     Robust_adv compare outputs: with a dropout mask each, the attack and the regulariser would hold
     the masks' noise, so that train.py gives the rows of a batch one mask for a whole step (ours).
     """
+
+    real_t = True  # EDM's sampler may ask for a t between two steps
 
     def __init__(
         self,

@@ -255,10 +255,10 @@ def test_purification_never_waits_for_the_gpu(sampler, monkeypatch):
     monkeypatch.setattr(
         runtime, "autocast", lambda *a: contextlib.nullcontext()
     )  # which knows no "meta"
-    args = argparse.Namespace(seed=0, eot=2, eot_batch=2, pgd=2, evaluations=2)
+    args = argparse.Namespace(seed=0, eot=2, eot_batch=2, pgd=2, evaluations=2, attack="pgd")
     net, classifier, schedule, x, index = elsewhere()
     purifier = purification.PurifiedClassifier(
-        net, schedule, classifier, sampler, nfe=2, check_range=False
+        net, schedule, classifier, sampler, nfe=2, strict=False
     )
     with Copies() as copies:
         row = purify.evaluate(purifier, x, index, index, args, "fwd", "l2")

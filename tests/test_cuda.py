@@ -53,7 +53,7 @@ except (ImportError, AttributeError) as e:
     )
 
 SHAPE = dict(channels=(32, 32), attention=(False, True), blocks=1, dropout=0.1)
-HEUN = samplers.heun_timesteps(NoiseSchedule(), 3)
+SIGMAS = NoiseSchedule().sigmas  # read here, as tensors without values cannot be
 B, S = 4, 8
 needs_codegen = pytest.mark.cuda_codegen
 pytestmark = pytest.mark.skipif(
@@ -216,7 +216,7 @@ def drawn(sampler, **options):
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "heun"])
 def test_devices_of_a_sampler(gpu, sampler, monkeypatch):
-    monkeypatch.setattr(samplers, "heun_timesteps", lambda *args: HEUN)
+    monkeypatch.setattr(NoiseSchedule, "sigmas", SIGMAS)
     assert drawn(sampler).device == CUDA
 
 
@@ -260,12 +260,12 @@ def test_devices_of_a_purifier_under_attack(gpu, sampler, monkeypatch):
     monkeypatch.setattr(
         purification, "noise_on", lambda kind: data.image_noise
     )  # compiled on a GPU: see test_kernels_of_the_noise
-    monkeypatch.setattr(samplers, "heun_timesteps", lambda *args: HEUN)
+    monkeypatch.setattr(NoiseSchedule, "sigmas", SIGMAS)
     net = purification.PurifiedClassifier(
         network(), NoiseSchedule().to(CUDA), classifier(), sampler, t_star=2, nfe=2, rounds=1
     )
     x, y = images(1)[0], torch.zeros(B, dtype=torch.int64, device=CUDA)
-    args = SimpleNamespace(seed=0, pgd=1, eot=1, eot_batch=1, evaluations=1)
+    args = SimpleNamespace(seed=0, pgd=1, eot=1, eot_batch=1, evaluations=1, attack="pgd")
     row = purify.evaluate(net, x, y, torch.arange(B), args, "white", "l2")
     assert row["robust"].device == CUDA
 

@@ -353,6 +353,38 @@ def test_two_folders_do_not_share_a_cache(tmp_path):
     assert (load(tmp_path / "two")[0] == 20).all()
 
 
+def test_tiny_imagenet_as_it_is_distributed(tmp_path):
+    """Classes in the order of their names; the list of the val images has no order."""
+    root = tmp_path / "tiny-imagenet-200"
+    with pytest.raises(ValueError, match="holds no train/"):
+        load_images("tiny-imagenet", root=tmp_path)
+    colours = {"n02": (200, 0, 0), "n01": (0, 200, 0), "n10": (0, 0, 200)}
+
+    def picture(path, colour):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), colour).save(path, quality=95)
+
+    for name, colour in colours.items():
+        (root / "train" / name).mkdir(parents=True)
+        (root / "train" / name / f"{name}_boxes.txt").write_text("0 0 1 1")
+        for i in range(2):
+            picture(root / f"train/{name}/images/{name}_{i}.JPEG", colour)
+    lines = []
+    for i, name in enumerate(("n10", "n01")):
+        picture(root / f"val/images/val_{1 - i}.JPEG", colours[name])
+        lines.append(f"val_{1 - i}.JPEG\t{name}\t0\t0\t62\t62")
+    (root / "val/val_annotations.txt").write_text("\n".join(lines) + "\n")
+    images, labels = load_images("tiny-imagenet", root=tmp_path)
+    assert images.shape == (6, 64, 64, 3) and labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert images.argmax(-1)[:, 5, 5].tolist() == [1, 1, 0, 0, 2, 2]
+    images, labels = load_images("tiny-imagenet", 32, "test", tmp_path)
+    assert images.shape == (2, 32, 32, 3) and labels.tolist() == [2, 0]
+    assert images.argmax(-1)[:, 5, 5].tolist() == [2, 1]
+    (root / "val/val_annotations.txt").write_text("val_0.JPEG\tn99\n")
+    with pytest.raises(ValueError, match="not the list of the val images"):
+        load_images("tiny-imagenet", split="test", root=tmp_path)
+
+
 def test_bad_folders(tmp_path):
     with pytest.raises(ValueError) as error:
         load(tmp_path / "missing")

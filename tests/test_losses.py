@@ -10,15 +10,12 @@ from torch import nn
 
 from losses import (
     NoiseSchedule,
-    addt_loss,
-    addt_weight,
     adversarial_delta,
     ambient_loss,
     ddpm_loss,
     huber_loss,
     perturbation_radius,
     random_delta,
-    rank_gaussian_map,
     regulariser_weight,
     robust_loss,
     scaled_gradient,
@@ -738,156 +735,7 @@ def test_huber():
     assert loss(1e-9, last) == pytest.approx(2 * 1e-9**0.999 * abs(residual(last)).mean(), rel=1e-5)
 
 
-# ADDT (P2) -----------------------------------------------------------------------------------------------------------
-
-
-def test_rank_gaussian_map_is_a_permutation_in_rank_order():
-    delta, noise = draw(2, 3, 5, 4).square(), draw(2, 3, 5, 4, seed=1)
-    mapped = rank_gaussian_map(delta, noise).numpy()
-    for i in range(2):
-        for c in range(3):
-            np.testing.assert_array_equal(
-                np.sort(mapped[i, c], None), np.sort(noise[i, c].numpy(), None)
-            )
-            np.testing.assert_array_equal(
-                np.argsort(mapped[i, c], None), np.argsort(delta[i, c].numpy(), None)
-            )
-    for bad in (noise[:1], noise.flatten(1)):
-        with pytest.raises(ValueError, match="rank_gaussian_map"):
-            rank_gaussian_map(bad, bad if bad.dim() < 3 else noise)
-
-
-def test_addt_weight_check_values():
-    w = addt_weight(SCHEDULE, torch.arange(1000)).numpy()
-    assert (w[:27] == 0.3).all() and w[27] < 0.3
-    np.testing.assert_allclose(w, np.clip(0.03 * np.sqrt(ABAR / (1 - ABAR)), 0, 0.3), rtol=1e-12)
-    assert w[100] == pytest.approx(0.088, abs=5e-4) and w[500] == pytest.approx(0.0087, abs=5e-5)
-
-
-def addt(t, n=3, size=6, k=0.4, **kw):
-    """ADDT, eps_theta = k x, a linear two-class classifier -> loss, parts, x0, eps, noise of x'_t, its weights, all x_t."""
-    x0, eps, t, seen = (
-        draw(n, 3, size, size),
-        draw(n, 3, size, size, seed=1),
-        torch.full((n,), t),
-        [],
-    )
-    w = draw(2, 3 * size * size, seed=2)
-
-    def model(x, t):
-        seen.append(x.detach())
-        return k * x
-
-    torch.manual_seed(0)
-    classifier, y = kw.pop("classifier", lambda x: x.flatten(1) @ w.T), torch.arange(n) % 2
-    loss, parts = addt_loss(model, SCHEDULE, classifier, x0, y, t, eps, **kw)
-    noise = (seen[-1] - column(np.sqrt(ABAR), t, 4) * x0) / column(np.sqrt(1 - ABAR), t, 4)
-    return loss, parts, x0, eps, noise, w.view(2, 3, size, size), seen
-
-
-def test_addt_loss_is_eq8_of_p2():
-    for t in (3, 100, 700):
-        loss, parts, x0, _, noise, _, seen = addt(t)
-        P = (seen[-1] - math.sqrt(1 - ABAR[t]) * 0.4 * seen[-1]) / math.sqrt(ABAR[t])
-        assert loss.item() == pytest.approx(
-            (ABAR[t] / (1 - ABAR[t]) * (x0 - P).square()).mean().item(), rel=1e-9
-        )
-        assert loss.item() == pytest.approx(
-            (0.4 * seen[-1] - noise).square().mean().item(), rel=1e-9
-        )
-        assert len(seen) == 6 and parts["L_ADDT"] == loss
-
-
-def test_addt_noise_has_unit_variance():
-    """delta orders a Gaussian draw that is independent of eps. guide='none' leaves delta random: plain fine-tuning."""
-    for guide in ("none", "classifier"):
-        noise = addt(3, n=2, size=96, guide=guide)[4]
-        assert noise.var().item() == pytest.approx(1, abs=0.03) and abs(noise.mean().item()) < 0.02
-
-
-@pytest.mark.parametrize("guide", ["classifier", "mse"])
-def test_cgpo_in_closed_form(guide):
-    """Linear networks: the gradient is along w_other - w_y throughout; RBGM keeps its order, the l_inf PGD its sign."""
-    _, parts, x0, eps, noise, w, _ = addt(100, guide=guide)
-    lam = 0.03 * math.sqrt(ABAR[100] / (1 - ABAR[100]))
-    mapped = (noise - math.sqrt(1 - lam**2) * eps) / lam
-    assert parts["lambda_t"].item() == pytest.approx(lam)
-    if guide == "classifier":
-        way = torch.stack([w[1] - w[0], w[0] - w[1], w[1] - w[0]])
-        assert torch.equal(mapped.flatten(2).argsort(2), way.flatten(2).argsort(2))
-        noise = addt(100, perturb="linf")[
-            4
-        ]  # 5 steps of 4/255 on the [-1, 1] scale reach the border, 16/255
-        torch.testing.assert_close(
-            noise, eps + 16 / 255 * math.sqrt(ABAR[100] / (1 - ABAR[100])) * way.sign()
-        )
-    else:  # P - x0 = -s k x0 + a multiple of the noise, k > 0: the error grows where the noise is opposed to x0
-        along = (mapped * -x0).flatten(1).sum(1) / (
-            mapped.flatten(1).norm(dim=1) * x0.flatten(1).norm(dim=1)
-        )
-        assert (along > 0.05).all()
-
-
-def test_addt_leaves_no_weight_gradient_behind_and_repeats():
-    torch.manual_seed(0)
-    classifier = nn.Sequential(nn.Flatten(), nn.Linear(108, 2)).double()
-    one, two = addt(100, classifier=classifier)[0], addt(100, classifier=classifier)[0]
-    assert one == two  # the global generator is all that it draws from
-    assert all(p.grad is None and p.requires_grad for p in classifier.parameters())
-    for bad in (dict(guide="x"), dict(perturb="x"), dict(classifier=None)):
-        with pytest.raises(ValueError, match="guide="):
-            addt(100, **bad)
-    assert addt(100, classifier=None, guide="mse")[0] > 0
-
-
-def test_addt_trains_the_weights_by_one_backward():
-    net = nn.Conv2d(3, 3, 1).double()
-    loss, _ = addt_loss(
-        lambda x, t: net(x),
-        SCHEDULE,
-        None,
-        draw(2, 3, 4, 4),
-        None,
-        torch.tensor([10, 500]),
-        draw(2, 3, 4, 4, seed=1),
-        guide="none",
-    )
-    loss.backward()
-    assert net.weight.grad.abs().sum() > 0
-
-
-def sure_in_half(x):
-    """A linear classifier in float16, sure of class i % 2 of image i: its gradients, about 1e-9, are 0 there."""
-    w = draw(2, 108, seed=2)
-    w = (0.01 * w).half()
-    sure = torch.tensor([[14.0, 0], [0, 14], [14, 0]])
-    return x.flatten(1).half() @ w.T + sure.half()
-
-
-def test_cgpo_survives_float16():
-    """delta follows the gradient of a classifier that runs in float16, not the noise that breaks ties."""
-    _, parts, _, eps, noise, w, _ = addt(100, classifier=sure_in_half)
-    lam = 0.03 * math.sqrt(ABAR[100] / (1 - ABAR[100]))
-    mapped = (noise - math.sqrt(1 - lam**2) * eps) / lam
-    way = torch.stack([w[1] - w[0], w[0] - w[1], w[1] - w[0]])
-    ranks = [v.flatten(2).argsort(2).argsort(2).double().flatten() for v in (mapped, way)]
-    assert np.corrcoef(ranks)[0, 1] > 0.99
-    assert parts["guided"] == 1
-
-
-def test_cgpo_leaves_out_a_gradient_that_overflows():
-    """Image 0's is infinite: it is not moved, nothing turns NaN, and the others are guided as before."""
-    w = draw(2, 108, seed=2)
-
-    def overflowing(x):
-        infinite = torch.zeros_like(x)
-        infinite[0] = math.inf
-        x.register_hook(lambda g: g + infinite)
-        return x.flatten(1) @ w.T
-
-    _, parts, _, _, noise, _, _ = addt(100, classifier=overflowing)
-    assert noise.isfinite().all() and parts["guided"].item() == pytest.approx(2 / 3)
-    assert torch.equal(noise[1:], addt(100)[4][1:])
+# scaled_gradient -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

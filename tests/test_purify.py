@@ -1,8 +1,5 @@
-"""purification.py, purify.py: exact gradients, known noise, every sampler on Gaussian data, attacks
-in closed form, the command."""
+"""purification.py: exact gradients, known noise, every sampler on Gaussian data; purify.py: the command."""
 
-import argparse
-import importlib
 import json
 import math
 
@@ -10,71 +7,19 @@ import cli
 import numpy as np
 import pytest
 import torch
+from purifiers import INDEX, SCHEDULE, Eps, draw, images, linear, purifier
 from torch import nn
 
 import purification
 import purify
+import purify_attack
 from classifier import WideResNet
-from data import image_noise
-from losses import NoiseSchedule
-from purification import (
-    PurifiedClassifier,
-    following,
-    gradient_of,
-    image_draws,
-    loss_of,
-    over_draws,
-    purification_timesteps,
-)
+from purification import image_draws, purification_timesteps
 from runtime import save_checkpoint
-from samplers import ddpm_sample, heun_sample
+from samplers import ddpm_sample, edm_follow, heun_sample
 from unet import UNet
 
-SCHEDULE = NoiseSchedule()
-INDEX = torch.arange(3)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-class Eps(nn.Module):
-    """A small smooth eps-network, float64."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(3, 3, 3, padding=1).double()
-
-    def forward(self, x, t):
-        return 0.6 * x + torch.tanh(self.conv(x) + t.view(-1, 1, 1, 1) / 1000)
-
-
-class Function(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.forward = function
-
-
-def linear(shape=(3, 6, 6), seed=4):
-    net = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 2)).double()
-    net[1].weight.data = draw(2, math.prod(shape), seed=seed)
-    return net
-
-
-def purifier(sampler="ddpm", model=None, classifier=None, **kw):
-    if sampler != "none":
-        kw = dict(nfe=5) | kw
-    return PurifiedClassifier(model or Eps(), SCHEDULE, classifier or linear(), sampler, **kw)
-
-
-def images(n=3, shape=(3, 6, 6)):
-    return 0.1 + 0.8 * torch.rand(
-        n, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
-
-
-# the purifier --------------------------------------------------------------------------------------------------------
+# the purifier ---------------------------------------------------------------------------------------------------------
 
 
 def test_timesteps():
@@ -168,6 +113,17 @@ def test_vp_sde_tends_to_ddpm():
     assert errors[1] < 0.003 and 3 < errors[0] / errors[1] < 9
 
 
+def test_vp_sde_with_and_without_the_noise_of_the_last_step():
+    """DiffPure's last step, from t = 0, is mean + sqrt(beta_0) z; P2's code returns the mean."""
+    for sampler in ("vp-sde", "vp-sde-corrector"):
+        x, noise = draw(2, 3, 6, 6), image_draws(3, torch.arange(2))
+        kept, removed = (
+            purifier(sampler, noise_removal=flag).purify(x, noise) for flag in (False, True)
+        )
+        beta = -math.log(1 - SCHEDULE.betas[0])
+        torch.testing.assert_close(kept - removed, math.sqrt(beta) * noise(1 + 2 * 5, x))
+
+
 def test_corrector_step_has_the_signal_to_noise_ratio():
     """Song et al. (2021), Alg. 5: x + size score + sqrt(2 size) z with |size score| = snr sqrt(alpha_t) |sqrt(2 size) z|."""
     eps, seen = draw(2, 3, 6, 6, seed=7), []
@@ -207,19 +163,30 @@ def test_it_is_the_sampler_of_sample_py():
     )
     assert torch.equal(net.purify(x, noise), expected)
     net = purifier("edm-sde", t_star=60, nfe=8)
+    x_t = SCHEDULE.q_sample(x, t, noise(0, x))
+    churn = dict(S_churn=6, S_min=0.01, S_max=0.46, S_noise=1.007)
     expected = heun_sample(
-        net.model,
-        SCHEDULE,
-        SCHEDULE.q_sample(x, t, noise(0, x)),
-        8,
-        6,
-        0.01,
-        0.46,
-        1.007,
-        t_start=60,
+        net.model, SCHEDULE, x_t, 8, **churn, clip=False, t_start=60,
         noise=lambda i: noise(1 + 2 * i, x),
-    )
-    assert torch.equal(net.purify(x, noise), expected)
+    )  # fmt: skip
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(net.purify(x, noise), expected.clamp(-1, 1))
+
+
+@pytest.mark.parametrize("sampler, churn", [("edm-ode", 0.0), ("edm-sde", 6.0)])
+def test_edm_as_in_p2(sampler, churn):
+    """App. F: from x + .5 N(0, I), 50 steps at continuous sigma, x^_0 clamped at the output alone."""
+    x, noise = 2 * images() - 1, image_draws(5, INDEX)
+    expected = edm_follow(
+        Eps(), SCHEDULE, x + 0.5 * noise(0, x), 0.5, 50, churn, 0.01, 0.46, 1.007, False,
+        lambda i: noise(1 + 2 * i, x),
+    )  # fmt: skip
+    net = purifier(sampler, nfe=None)
+    assert expected.abs().max() > 1 and net.sigma_max == 0.5
+    torch.testing.assert_close(net.purify(x, noise), expected.clamp(-1, 1))
+    assert net.calls == 99
+    net = purifier(sampler, nfe=None, clip=False)
+    torch.testing.assert_close(net.purify(x, noise), expected)
 
 
 def test_gdmp_guidance():
@@ -247,6 +214,76 @@ def test_gdmp_guidance():
         for s, scale in (("gdmp", 1), ("gdmp-mse", 0), ("gdmp-mse", 400))
     )
     assert torch.equal(plain, off) and (on - x0).norm() < 0.9 * (off - x0).norm()
+
+
+@pytest.mark.parametrize("kind", ["mse", "ssim"])
+def test_gdmp_pull_is_the_gradient_times_the_variance(kind):
+    """Added to DDPM's step: - scale s_t beta numel / 2 grad_x_t (MSE or 1 - SSIM) against the given
+    image, diffused to the same t, with s_t = sqrt((1 - abar) / abar)."""
+    x, noise = 2 * images(shape=(3, 12, 12)) - 1, image_draws(0, INDEX)
+
+    def inputs(sampler):
+        """x_t at t = 36 and at t = 0."""
+        seen = []
+
+        def model(x_t, t):
+            seen.append(x_t)
+            return 0.3 * x_t
+
+        net = purifier(sampler, model, t_star=36, nfe=1, rounds=1, scale=40.0)
+        net.purify(x, noise)
+        return seen
+
+    x_t, after = inputs("gdmp")
+    x_t.requires_grad_()
+    abar, abar_prev = SCHEDULE.alphas_bar[36], SCHEDULE.alphas_bar[0]
+    guide = abar.sqrt() * x + (1 - abar).sqrt() * noise(2, x)
+    if kind == "mse":
+        distance = (x_t - guide).square().flatten(1).mean(1)
+    else:
+        distance = 1 - purification.ssim(x_t, guide)
+    (gradient,) = torch.autograd.grad(distance.sum(), x_t)
+    variance = 1 - abar / abar_prev
+    moved = -40 * ((1 - abar) / abar).sqrt() * variance * 432 / 2 * gradient
+    torch.testing.assert_close(inputs(f"gdmp-{kind}")[1], after + moved)
+
+
+def test_coup_adds_the_slope_of_the_log_confidence_to_the_score():
+    """Two classes, log p in closed form: its slope is (1 - p) times the weights' difference, halved
+    by x = (x_t + 1) / 2; one step by hand (P2 Eq. 12)."""
+    classifier, x, noise = linear(), 2 * images() - 1, image_draws(0, INDEX)
+    net = purifier("coup", lambda x, t: 0.3 * x, classifier, t_star=50, nfe=1, coup=2.5)
+    w = (classifier[1].weight[0] - classifier[1].weight[1]).detach()
+    bias = (classifier[1].bias[0] - classifier[1].bias[1]).item()
+    abar = torch.cat([torch.ones(1), SCHEDULE.alphas_bar]).double()  # at t + 1
+    x_t = SCHEDULE.q_sample(x, torch.full((3,), 50), noise(0, x))
+    for i, (t, t_prev) in enumerate(((50, 0), (0, -1))):
+        margin = ((x_t + 1) / 2).flatten(1) @ w + bias
+        slope = torch.sigmoid(-margin.abs()) * margin.sign() / 2
+        score = -0.3 * x_t / (1 - abar[t + 1]).sqrt()
+        score = score + 2.5 * slope.view(3, 1, 1, 1) * w.view(3, 6, 6)
+        b = (abar[t_prev + 1] / abar[t + 1]).log()
+        x_t = (1 + b / 2) * x_t + b * score + b.sqrt() * noise(1 + 2 * i, x)
+    torch.testing.assert_close(net.purify(x, noise), x_t, rtol=1e-6, atol=1e-6)
+    plain = purifier("vp-sde", lambda x, t: 0.3 * x, t_star=50, nfe=1).purify(x, noise)
+    off = purifier("coup", lambda x, t: 0.3 * x, classifier, t_star=50, nfe=1, coup=0)
+    torch.testing.assert_close(off.purify(x, noise), plain)
+
+
+def test_the_slope_of_a_guide_keeps_its_arguments_alone():
+    """Its derivatives are autograd's of autograd, in both arguments; of what lies between nothing
+    is kept."""
+    x, y = (draw(2, 3, 12, 12, seed=seed).requires_grad_() for seed in (0, 1))
+    v = draw(2, 3, 12, 12, seed=2)
+    (plain,) = torch.autograd.grad(purification.ssim(x, y).sum(), x, create_graph=True)
+    wanted = torch.autograd.grad((plain * v).sum(), (x, y))
+    slope = purification.Slope.apply(purification.ssim, x, y)
+    assert [kept.shape for kept in slope.grad_fn.saved_tensors] == [x.shape, y.shape]
+    assert [type(f).__name__ for f, _ in slope.grad_fn.next_functions] == ["AccumulateGrad"] * 2
+    torch.testing.assert_close(slope, plain)
+    found = torch.autograd.grad((slope * v).sum(), (x, y))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+    assert all(g.abs().max() > 0 for g in found)
 
 
 def test_known_and_unknown_noise():
@@ -278,45 +315,6 @@ def test_known_noise_of_another_number_of_images_is_refused():
             purifier()(images(), image_draws(0, index))
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "gdmp", "edm-sde"])
-def test_known_noise_follows_its_image(sampler):
-    """Attacked images in another order, one left out, one twice, as APGD calls its model."""
-    clean = images()
-    net = purifier(sampler)
-    net.noise = following(clean, seed=0)
-    right = net(clean, image_draws(0, torch.arange(3)))
-    attacked = (clean + 8 / 255 * draw(3, 3, 6, 6).sign()).clamp(0, 1)
-    wanted = net(attacked, image_draws(0, torch.arange(3)))
-    assert torch.equal(net(clean), right)
-    for rows in ([2, 0], [1], [0, 0, 2, 1]):
-        torch.testing.assert_close(net(attacked[rows]), wanted[rows], rtol=1e-9, atol=1e-11)
-
-
-def test_what_the_attack_knows():
-    def values(knowledge, k, **kw):
-        return [
-            noise(1, images()).double()
-            for noise in purification.noises(knowledge, 0, INDEX, k, **kw)
-        ]
-
-    evaluation = image_draws(0, INDEX)(1, images())
-    assert torch.equal(values("both", 0)[0], evaluation) and torch.equal(
-        values("both", 5)[0], evaluation
-    )
-    semi = values("semi-3", 2)
-    assert (
-        len(semi) == 3
-        and torch.equal(semi[0], evaluation)
-        and torch.equal(semi[2], values("semi-3", 0)[2])
-    )
-    for knowledge in ("white", "fwd"):
-        fresh = [v for k in range(3) for v in values(knowledge, k, eot=2)] + [evaluation]
-        assert len({v.sum().item() for v in fresh}) == 7
-    assert torch.equal(
-        *(purification.noises(k, 0, INDEX, 1)[0](0, images()) for k in ("fwd", "both"))
-    )
-
-
 def test_input_outside_the_unit_interval_is_refused():
     net = purifier()
     for bad in (2 * images() - 1, 255 * images(), images() * math.nan, images()[0]):
@@ -333,194 +331,37 @@ def test_input_outside_the_unit_interval_is_refused():
             purifier(**kw)
 
 
-# the attack ----------------------------------------------------------------------------------------------------------
-
-
-def test_pgd_on_a_linear_classifier():
-    """Two classes: the gradient's direction never changes, so the end is at the border of the ball and of the box."""
-    classifier, y = linear(), torch.tensor([0, 1, 0])
-    net, x = purifier("none", classifier=classifier), images()
-    x[0, 0, 0, :3], x[1, 1, 1, :3] = 0.0, 1.0
-    w = (classifier[1].weight[1] - classifier[1].weight[0]).view(3, 6, 6).detach()
-    way = torch.stack([w, -w, w])
-    x_adv, checks = purification.pgd(net, x, y, lambda k: [None], "linf", steps=5)
-    torch.testing.assert_close(x_adv, (x + 8 / 255 * way.sign()).clamp(0, 1))
-    assert (
-        not checks["outside"].any()
-        and checks["rises"].all()
-        and not checks["zero"].any()
-        and not checks["nonfinite"].any()
-    )
-    x = images() * 0.2 + 0.4  # away from the box
-    x_adv, checks = purification.pgd(net, x, y, lambda k: [None], "l2", steps=7)
-    torch.testing.assert_close(x_adv, x + 0.5 * way / w.norm())
-    assert not checks["outside"].any() and checks["rises"].all()
-    few, _ = purification.pgd(net, x, y, lambda k: [None], "l2", steps=3)
-    torch.testing.assert_close(few, x + 0.3 * way / w.norm())
-
-
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_pgd_keeps_to_the_ball_and_the_box(norm):
-    x = images().round()  # on the border of the box
-    x_adv, checks = purification.pgd(
-        purifier(),
-        x,
-        INDEX % 2,
-        lambda k: purification.noises("white", 0, INDEX, k, 2),
-        norm,
-        steps=8,
-    )
-    size = (x_adv - x).flatten(1).norm(dim=1, p=math.inf if norm == "linf" else 2)
-    assert x_adv.min() >= 0 and x_adv.max() <= 1 and (size > 0.01).all()
-    assert (size <= purification.NORMS[norm][0] + 1e-9).all() and not checks["outside"].any()
-
-
-def test_eot_averages_gradients():
-    net, x, draws = purifier(), images(), [image_draws(0, INDEX, d) for d in range(3)]
-    both = over_draws(gradient_of, net, x, INDEX % 2, draws)
-    each = [over_draws(gradient_of, net, x, INDEX % 2, [d]) for d in draws]
-    torch.testing.assert_close(both, sum(each) / 3)
-
-
-@pytest.mark.parametrize("eot_batch", [2, 3, 7])
-@pytest.mark.parametrize("knowledge", ["white", "fwd", "semi-4"])
-def test_batched_draws_are_the_draws(knowledge, eot_batch):
-    """5 draws (of semi 4) in one larger batch, or in some: the loss, its gradient and the hits are those of single draws."""
-    net, x, y = purifier("vp-sde-corrector"), images(), INDEX % 2
-    draws = purification.noises(knowledge, 0, INDEX, 1, 5)
-    for quantity in (loss_of, gradient_of):
-        one = over_draws(quantity, net, x, y, draws)
-        many = over_draws(quantity, net, x, y, draws, eot_batch)
-        torch.testing.assert_close(many, one, rtol=1e-9, atol=1e-12)
-    hits = [
-        purification.correct(net, x, y, 0, INDEX, knowledge, range(4), b) for b in (1, eot_batch)
-    ]
-    assert torch.equal(*hits)
-
-
-def test_noise_is_a_function_of_seed_image_draw_and_number():
-    """As data.image_noise gives it; also for a seed beyond 64 bits, of which the lower 64 count."""
-    x = images()
-    for seed in (0, 3, 2**63 + 5, 2**70 + 3):
-        want = image_noise(seed + (8 << 32), INDEX, 4, x.shape[1:]).double()
-        assert torch.equal(image_draws(seed, INDEX, 7)(4, x), want)
-
-
-def test_gradient_survives_float16():
-    """A classifier that runs in float16 and is sure: its gradients, about 1e-9, would be 0 there."""
-    w = (0.01 * draw(2, 108)).half()
-
-    def classifier(x):
-        return x.flatten(1).half() @ w.T + torch.tensor([[14.0, 0], [0, 14], [14, 0]]).half()
-
-    net = PurifiedClassifier(nn.Identity(), SCHEDULE, Function(classifier), "none")
-    grad = over_draws(gradient_of, net, images().float(), INDEX % 2, [None]).double()
-    way = torch.stack([w[1] - w[0], w[0] - w[1], w[1] - w[0]]).double()
-    assert torch.cosine_similarity(grad.flatten(1), way, dim=1).min() > 0.99
-    assert (grad.abs().amax((1, 2, 3)) < 1e-6).all()  # not scaled
-
-
 def test_the_range_is_looked_at_unless_told_otherwise():
-    net, bad = purifier("none", check_range=False), 2 * images() - 1
+    net, bad = purifier("none", strict=False), 2 * images() - 1
     assert torch.equal(net(bad), net.classifier(bad))
     with pytest.raises(ValueError, match="need .B, C, H, W."):
         net(bad[0])
 
 
-def test_checks_report_what_goes_wrong():
-    class Broken(nn.Module):
-        factor = 0.0
+def test_gdmp_is_guided_by_the_given_image_in_every_round(monkeypatch):
+    """A model that denoises to 0: from the second round on, the sample has forgotten the image, the guide has not."""
+    guides = []
+    monkeypatch.setattr(
+        purification, "guidance", lambda x, y, kind: guides.append(y.clone()) or torch.zeros_like(x)
+    )
 
-        def forward(self, x):
-            return torch.stack([self.factor * x.sum((1, 2, 3)), x.new_zeros(len(x))], dim=1)
+    def model(x, t):  # x^_0 = 0
+        return x / (1 - SCHEDULE.alphas_bar[t]).sqrt().view(-1, 1, 1, 1)
 
-    def violated(factor):
-        net = purifier("none", classifier=Broken())
-        net.classifier.factor = factor
-        _, row = purification.pgd(net, images(), INDEX % 2, lambda k: [None], steps=2)
-        return " ".join(
-            purify.summarise(row | dict(robust=torch.ones(3, dtype=torch.float64)))["violated"]
-        )
-
-    assert "exactly 0 in 100" in violated(0.0) and "only 0% of the images" in violated(0.0)
-    assert "NaN or infinite for 3" in violated(math.nan)
-    assert violated(0.01) == ""
-
-
-class Spy(nn.Module):
-    """Classifies by a linear network; records draw 0 (of Eq. 2) and draw 1 of every call."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = linear()
-        self.gradients = []
-        self.values = []
-
-    def forward(self, x, noise):
-        calls = self.gradients if x.requires_grad else self.values
-        calls.append(tuple(round(noise(k, x).sum().item(), 9) for k in (0, 1)))
-        return self.linear(x)
-
-
-def settings(**kw):
-    return argparse.Namespace(**(dict(seed=0, eot=2, eot_batch=1, pgd=3, evaluations=1) | kw))
-
-
-@pytest.mark.parametrize("knowledge", ["white", "fwd", "both", "semi-4"])
-def test_noise_of_the_attack_and_of_the_evaluation(knowledge):
-    """P2's Algorithm: fresh draws in every step and an unseen one to judge, but for what is known."""
-    spy, x = Spy(), images()
-    purify.evaluate(spy, x, INDEX % 2, INDEX, settings(), knowledge, "linf")
-    judge = tuple(round(image_draws(0, INDEX)(k, x).sum().item(), 9) for k in (0, 1))
-    assert spy.values[-2:] == [judge, judge]  # after the attack and before it
-    losses = spy.values[:-2]
-    start, end = losses[: len(losses) // 2], losses[len(losses) // 2 :]
-    assert start == end  # the rise of the loss is measured with equal noise
-    if knowledge == "both":
-        assert spy.gradients == [judge] * 3 and start == [judge]
-    elif knowledge == "semi-4":
-        draws = spy.gradients[:4]
-        assert len(set(draws)) == 4 and judge in draws
-        assert spy.gradients == 3 * draws and start == draws
-    else:
-        assert (len(spy.gradients), len(start)) == (3 * 2, 2)  # pgd x eot
-        later = [draw[1] for draw in spy.gradients + start + [judge]]
-        assert len(set(later)) == len(later)
-        of_eq2 = {draw[0] for draw in spy.gradients + start}
-        if knowledge == "fwd":
-            assert of_eq2 == {judge[0]}
-        else:
-            assert len(of_eq2) == 8 and judge[0] not in of_eq2
-
-
-def test_clean_and_robust_accuracy_differ():
-    """Images 1, 2 and 10 hundredths from the border of a linear classifier, in steps of 2/255."""
-    classifier = linear()
-    w = (classifier[1].weight[1] - classifier[1].weight[0]).detach()
-    classifier[1].bias.data = torch.stack([w.sum() / 2, torch.zeros(())])  # 0.5 is on the border
-    margins = torch.tensor([0.01, 0.02, 0.1], dtype=torch.float64)
-    x = 0.5 + margins.view(-1, 1, 1, 1) * w.sign().view(3, 6, 6)
-    net, y = purifier("none", classifier=classifier), torch.ones(3, dtype=torch.long)
-    for steps, robust in ((1, [1, 1, 1]), (2, [0, 1, 1]), (3, [0, 0, 1]), (20, [0, 0, 1])):
-        row = purify.evaluate(net, x, y, INDEX, settings(pgd=steps), "no noise", "linf")
-        assert row["clean"].tolist() == [1, 1, 1] and row["robust"].tolist() == robust
-        found = purify.summarise(row)
-        assert found["clean"] == 1 and found["robust"] == pytest.approx(sum(robust) / 3)
-
-
-def test_the_flags_reach_the_attack(files, tmp_path, monkeypatch):
-    seen, attack = [], purify.pgd
-
-    def watched(net, x, y, draws, norm, steps, eot_batch):
-        seen.append((norm, steps, len(draws(0)), eot_batch))
-        return attack(net, x, y, draws, norm, steps, eot_batch)
-
-    monkeypatch.setattr(purify, "pgd", watched)
-    flags = "--purifier ddpm --knowledge white semi-2 --norm linf l2 --pgd 2 --eot 3 --eot-batch 2"
-    common = "--data synthetic:64 --n 2 --nfe 1 --device cpu --amp fp32"
-    paths = ["--ckpt", files / "a/ckpt.pt", "--classifier", files / "classifier.pt"]
-    assert run(*paths, *common.split(), *flags.split(), "--out", tmp_path) == 0
-    assert seen == [(norm, 2, eot, 2) for norm in ("linf", "l2") for eot in (3, 2)]
+    net = purification.PurifiedClassifier(
+        model,
+        SCHEDULE,
+        torch.nn.Identity(),
+        "gdmp-mse",
+        t_star=20,
+        nfe=2,
+        rounds=2,
+        noise=lambda k, x: torch.zeros_like(x),
+    )
+    given = torch.full((1, 3, 8, 8), 0.9, dtype=torch.float64)
+    net.purify(given)
+    want = [SCHEDULE.alphas_bar[t].sqrt() * 0.9 for t in (20, 10, 0)] * 2
+    assert len(guides) == 6 and all(torch.allclose(g, w.expand_as(g)) for g, w in zip(guides, want))
 
 
 def test_ssim_guidance_raises_ssim():
@@ -532,34 +373,11 @@ def test_ssim_guidance_raises_ssim():
 
 
 def test_defaults_of_p2():
-    assert purification.NORMS == {"linf": (8 / 255, 2 / 255), "l2": (0.5, 0.1)}
+    assert purify_attack.NORMS == {"linf": (8 / 255, 2 / 255), "l2": (0.5, 0.1)}
     assert purifier("edm-sde", nfe=None).nfe == 50 and purifier().snr == 0.16
 
 
-def test_candidates_are_chosen_by_several_evaluations(monkeypatch):
-    """A candidate that fools one purification in two loses to the image itself if that is always misclassified."""
-
-    class Coin(nn.Module):
-        def forward(self, x, noise):
-            right = torch.where(
-                x.flatten(1)[:, 0] > 0.5, noise(0, x).flatten(1)[:, 0] > 0, False
-            ).double()
-            return torch.stack([right, 1 - right], dim=1)
-
-    args = settings(eot=1, pgd=1, evaluations=40)
-    x, y = torch.full((3, 3, 6, 6), 0.4, dtype=torch.float64), torch.zeros(3, dtype=torch.long)
-    monkeypatch.setattr(purify, "pgd", lambda net, x, *a: (x + 0.2, {}))
-    assert purify.evaluate(Coin(), x, y, INDEX, args, "white", "linf")["selected"].tolist() == [
-        0,
-        0,
-        0,
-    ]
-    monkeypatch.setattr(purify, "pgd", lambda net, x, *a: (x + 0.1, {}))  # 0.5: never right
-    row = purify.evaluate(Coin(), x + 0.2, y, INDEX, args, "white", "linf")
-    assert 0.2 < row["selected"].mean() < 0.8  # both are right by chance
-
-
-# the command ---------------------------------------------------------------------------------------------------------
+# the command ----------------------------------------------------------------------------------------------------------
 
 
 def run(*args):
@@ -629,6 +447,8 @@ def test_command(files, tmp_path):
             2,
             "--figures",
             2,
+            "--landscape",
+            2,
             "--batch-size",
             4,
             "--out",
@@ -637,7 +457,7 @@ def test_command(files, tmp_path):
         == 0
     )
     names = {f.name for f in (tmp_path / "one").iterdir()}
-    assert {"purify.png", "figures.png", "table.csv", "table.md", "metrics.json"} <= names
+    assert {"purify.png", "figures.png", "landscape.png", "table.csv", "table.md"} <= names
     record = json.loads((tmp_path / "one" / "metrics.json").read_text())
     assert [d["calls"] for d in record["runs"]] == [0, 2, 2] * 2 and set(record["directions"]) == {
         "a",
@@ -690,6 +510,57 @@ def test_command(files, tmp_path):
     )
 
 
+def test_the_flags_reach_the_attack(files, tmp_path, monkeypatch):
+    seen, attack = [], purify.pgd
+
+    def watched(net, x, y, draws, norm, steps, eot_batch):
+        seen.append((norm, steps, len(draws(0)), eot_batch))
+        return attack(net, x, y, draws, norm, steps, eot_batch)
+
+    monkeypatch.setattr(purify, "pgd", watched)
+    flags = "--purifier ddpm --knowledge white semi-2 --norm linf l2 --pgd 2 --eot 3 --eot-batch 2"
+    common = "--data synthetic:64 --n 2 --nfe 1 --device cpu --amp fp32"
+    paths = ["--ckpt", files / "a/ckpt.pt", "--classifier", files / "classifier.pt"]
+    assert run(*paths, *common.split(), *flags.split(), "--out", tmp_path) == 0
+    assert seen == [(norm, 2, eot, 2) for norm in ("linf", "l2") for eot in (3, 2)]
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(files, tmp_path, monkeypatch, capsys):
+    """Killed in the second batch of the second attack: what was done is not done again."""
+    flags = (
+        "--data synthetic:64 --n 5 --pgd 1 --eot 1 --nfe 1 --device cpu --amp fp32 --batch-size 2"
+    )
+    argv = ["--ckpt", files / "a/ckpt.pt", "--classifier", files / "classifier.pt", *flags.split()]
+    argv += ["--purifier", "ddpm"]
+    assert run(*argv, "--out", tmp_path / "whole") == 0
+    attack, seen = purify.evaluate, []
+
+    def watched(net, x, y, index, *rest):
+        seen.append(index.tolist())
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        return attack(net, x, y, index, *rest)
+
+    monkeypatch.setattr(purify, "evaluate", watched)
+    assert run(*argv, "--out", tmp_path / "parts") == 130
+    assert not (tmp_path / "parts/metrics.json").exists()
+    assert run(*argv, "--out", tmp_path / "parts", "--resume") == 0
+    assert seen == [[0, 1], [2, 3], [4], [0, 1], [2, 3], [2, 3], [4]]
+    whole, parts = (torch.load(tmp_path / f / "rows-0.pt")["attacks"] for f in ("whole", "parts"))
+    assert list(whole) == list(parts) and len(whole) == 2
+    for key, value in whole.items():
+        assert value["calls"] == parts[key]["calls"] == 2
+        for name, row in value["rows"].items():
+            assert torch.equal(row, parts[key]["rows"][name])
+    records = [json.loads((tmp_path / f / "metrics.json").read_text()) for f in ("whole", "parts")]
+    for record in records:
+        for row in record["runs"]:
+            del row["seconds"]
+    assert records[0]["runs"] == records[1]["runs"]
+    assert run(*argv, "--eot", 2, "--out", tmp_path / "parts", "--resume") == 2
+    assert "is of another --eot" in capsys.readouterr().err
+
+
 def test_command_refuses_bad_input(capsys, files, tmp_path):
     def refuse(*args):
         assert (
@@ -720,7 +591,9 @@ def test_command_refuses_bad_input(capsys, files, tmp_path):
     assert "--amp fp16" in refuse("--amp", "fp16")
     assert "--nfe 101" in refuse("--nfe", 101)
     assert "--t-star 1000" in refuse("--t-star", 1000)
-    assert "--figures 2" in refuse("--figures", 2, "--purifier", "none")
+    assert "--landscape 1" in refuse("--landscape", 1)
+    assert "--figures: has no effect" in refuse("--figures", 2, "--purifier", "none")
+    assert "--noise-removal" in refuse("--noise-removal", "--purifier", "ddpm")
     assert "two checkpoints lie in a folder a" in refuse(
         "--ckpt", files / "a/ckpt.pt", files / "a/ckpt.pt"
     )
@@ -730,58 +603,3 @@ def test_command_refuses_bad_input(capsys, files, tmp_path):
         tmp_path / "few.pt", dict(kind="classifier", config=few.config, model=few.state_dict())
     )
     assert "knows 3 classes" in refuse("--classifier", tmp_path / "few.pt")
-
-
-@pytest.mark.parametrize("library", ["torchattacks", "foolbox", "autoattack"])
-def test_public_attack_libraries_run_on_it(library):
-    module = pytest.importorskip(library)
-    net, x, y = (
-        purifier(model=Eps().float(), classifier=linear().float()),
-        images().float(),
-        INDEX % 2,
-    )
-    if library == "torchattacks":
-        x_adv = module.PGD(net, eps=8 / 255, alpha=2 / 255, steps=2)(x, y)
-    elif library == "foolbox":
-        fmodel = module.PyTorchModel(net, bounds=(0, 1), device="cpu")
-        _, x_adv, _ = importlib.import_module("foolbox.attacks").LinfPGD(steps=2)(
-            fmodel, x, y, epsilons=8 / 255
-        )
-    else:
-        attack = module.AutoAttack(
-            net,
-            eps=8 / 255,
-            version="custom",
-            attacks_to_run=["apgd-ce"],
-            device="cpu",
-            verbose=False,
-        )
-        attack.apgd.n_iter = 2
-        x_adv = attack.run_standard_evaluation(x, y, bs=3)
-    assert x_adv.shape == x.shape and (x_adv - x).abs().max() <= 8 / 255 + 1e-6
-
-
-def test_gdmp_is_guided_by_the_given_image_in_every_round(monkeypatch):
-    """A model that denoises to 0: from the second round on, the sample has forgotten the image, the guide has not."""
-    guides = []
-    monkeypatch.setattr(
-        purification, "guidance", lambda x, y, kind: guides.append(y.clone()) or torch.zeros_like(x)
-    )
-
-    def model(x, t):  # x^_0 = 0
-        return x / (1 - SCHEDULE.alphas_bar[t]).sqrt().view(-1, 1, 1, 1)
-
-    net = purification.PurifiedClassifier(
-        model,
-        SCHEDULE,
-        torch.nn.Identity(),
-        "gdmp-mse",
-        t_star=20,
-        nfe=2,
-        rounds=2,
-        noise=lambda k, x: torch.zeros_like(x),
-    )
-    given = torch.full((1, 3, 8, 8), 0.9, dtype=torch.float64)
-    net.purify(given)
-    want = [SCHEDULE.alphas_bar[t].sqrt() * 0.9 for t in (20, 10, 0)] * 2
-    assert len(guides) == 6 and all(torch.allclose(g, w.expand_as(g)) for g, w in zip(guides, want))

@@ -18,8 +18,11 @@ from samplers import (
     ddim_timesteps,
     ddpm_sample,
     ddpm_timesteps,
+    edm_follow,
+    from_denoiser,
+    heun_levels,
     heun_sample,
-    heun_timesteps,
+    time_of,
 )
 
 SCHEDULE = NoiseSchedule()
@@ -567,15 +570,104 @@ def test_clipping_in_ddim_keeps_the_brightness_only_where_eps_is_rederived():
 # EDM -----------------------------------------------------------------------------------------------------------------
 
 
-def test_heun_timesteps():
-    """The noise levels are EDM's, sigma^(1/7) evenly spaced, up to the rounding to the schedule."""
-    sigma = np.sqrt((1 - ABAR) / ABAR)
-    ts = heun_timesteps(SCHEDULE, 10)
-    assert ts[0] == 999 and ts[-1] == 0 and len(ts) == 10
-    gaps = np.diff(sigma[ts] ** (1 / 7))
+SIGMA = np.sqrt((1 - ABAR) / ABAR)
+
+
+def test_heun_levels():
+    """EDM's Eq. 5: sigma^(1/7) evenly spaced down to .002; of a network of integer t up to the
+    rounding to the schedule, whose smallest level they do not go below."""
+    levels = heun_levels(SCHEDULE, 10)
+    np.testing.assert_allclose([levels[0], levels[-1]], [SIGMA[-1], 0.002], rtol=1e-9)
+    gaps = np.diff(np.array(levels) ** (1 / 7))
+    np.testing.assert_allclose(gaps, gaps.mean(), rtol=1e-9)
+    assert len(heun_levels(SCHEDULE, 50, 0.5)) == 50
+    assert heun_levels(SCHEDULE, 1, 0.5) == pytest.approx([0.5])
+    rounded = heun_levels(SCHEDULE, 10, real_t=False)
+    assert rounded[0] == SCHEDULE.sigmas[-1] and rounded[-1] == SCHEDULE.sigmas[0]
+    assert len(rounded) == 10 and set(rounded) <= set(SCHEDULE.sigmas)
+    gaps = np.diff(np.array(rounded) ** (1 / 7))
     np.testing.assert_allclose(gaps, gaps.mean(), rtol=0.15)
-    assert heun_timesteps(SCHEDULE, 10, t_start=100)[0] == 100
-    assert heun_timesteps(SCHEDULE, 1, t_start=100) == [100]
+
+
+def test_time_of_a_noise_level():
+    """t of the schedule's levels, in between linear in log abar, and 0 below the smallest.
+
+    EDM's VP wrapper solves (beta_min + beta_d t / 2) t = log(1 + sigma^2) for t in [0, 1]; on a
+    schedule whose abar is that function of t = (i + 1) / T it is the same.
+    """
+    ts = [time_of(SCHEDULE, sigma) for sigma in SIGMA]
+    np.testing.assert_allclose(ts, np.arange(1000), atol=1e-8)
+    between = math.sqrt(1 / math.sqrt(ABAR[7] * ABAR[8]) - 1)
+    assert time_of(SCHEDULE, between) == pytest.approx(7.5, abs=1e-9)
+    assert time_of(SCHEDULE, 0.002) == time_of(SCHEDULE, 0.0099) == 0.0
+    vp = NoiseSchedule()
+    t = (torch.arange(1000, dtype=torch.float64) + 1) / 1000
+    vp.alphas_bar = torch.exp(-(0.1 * t + 19.9 / 2 * t**2))
+    for sigma in (0.02, 0.1, 0.5, 3.0, 80.0):
+        log = math.log(1 + sigma**2)
+        edm = (math.sqrt(0.1**2 + 2 * 19.9 * log) - 0.1) / 19.9
+        assert time_of(vp, sigma) + 1 == pytest.approx(1000 * edm, abs=0.03)
+
+
+def real_eps(x, t):
+    """Not affine, and another function at every real t."""
+    return torch.sin(2 * x) + 0.3 * x + torch.cos(t.double() / 15).view(-1, *[1] * (x.dim() - 1))
+
+
+real_eps.real_t = True
+
+
+def karras_algorithm_2(eps, x, sigma_max, steps, churn, noise, low=0.01, high=0.46, scale=1.007):
+    """Karras et al. (2022), Algorithm 2, in NumPy, with P2's S_min, S_max, S_noise."""
+
+    def slope(x, sigma):
+        t = np.interp(-math.log(1 / (1 + sigma**2)), -np.log(ABAR), np.arange(1000))
+        t = torch.full((len(x),), t, dtype=torch.float64)
+        F = eps(torch.from_numpy(x / math.sqrt(sigma**2 + 1)), t).numpy()
+        return (x - (x - sigma * F)) / sigma
+
+    i = np.arange(steps)
+    levels = sigma_max ** (1 / 7) + i / (steps - 1) * (0.002 ** (1 / 7) - sigma_max ** (1 / 7))
+    levels = [*levels**7, 0.0]
+    for i in range(steps):
+        gamma = min(churn / steps, math.sqrt(2) - 1) if low <= levels[i] <= high else 0
+        hat = levels[i] + gamma * levels[i]
+        x_hat = x + math.sqrt(hat**2 - levels[i] ** 2) * scale * noise[i]
+        d = slope(x_hat, hat)
+        x = x_hat + (levels[i + 1] - hat) * d
+        if levels[i + 1] > 0:
+            x = x_hat + (levels[i + 1] - hat) * (d + slope(x, levels[i + 1])) / 2
+    return x
+
+
+@pytest.mark.parametrize("churn, steps", [(0.0, 50), (6.0, 50), (6.0, 9)])
+def test_edm_is_karras_algorithm_2(churn, steps):
+    """Continuous levels and t, gamma = min(S_churn / steps, sqrt 2 - 1), on recorded noise."""
+    x = 0.8 * draw(2, 3, 4, 4)
+    noise = [draw(2, 3, 4, 4, seed=i) for i in range(steps)]
+    settings = dict(S_churn=churn, S_min=0.01, S_max=0.46, S_noise=1.007, clip=False)
+    ours = edm_follow(real_eps, SCHEDULE, x, 0.5, steps, **settings, noise=lambda i: noise[i])
+    drawn = [z.numpy() for z in noise]
+    theirs = karras_algorithm_2(real_eps, x.numpy(), 0.5, steps, churn, drawn)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_heun_sample_is_edm_between_vp_samples():
+    """x_T = sqrt(abar) x at the level of t_start; a network that does not say so gets integer t."""
+    x = draw(2, 3, 4, 4)
+    ours = heun_sample(real_eps, SCHEDULE, x, 12, clip=False, t_start=400)
+    scaled = x / math.sqrt(ABAR[400])
+    theirs = edm_follow(real_eps, SCHEDULE, scaled, SIGMA[400], 12, clip=False)
+    torch.testing.assert_close(ours, theirs)
+    seen = []
+
+    def integer(x, t):
+        seen.append(t)
+        return toy_eps(x, t)
+
+    heun_sample(integer, SCHEDULE, x, 12, S_churn=6.0)
+    assert not any(t.is_floating_point() for t in seen)
+    assert len({t[0].item() for t in seen}) > 12
 
 
 def test_heun_calls():
@@ -650,3 +742,24 @@ def test_heun_churn():
     plain = sample()(x_T, None)
     assert not torch.allclose(sample(S_churn=6.0)(x_T, seeded_noise(x_T.shape)), plain, atol=1e-3)
     assert torch.equal(sample(S_churn=6.0, S_min=1e3)(x_T, seeded_noise(x_T.shape)), plain)
+
+
+def test_eps_of_a_denoiser():
+    """Of N(0, v): D(x; sigma) = v x / (v + sigma^2), eps = sqrt(1 - abar) x_t / (abar v + 1 - abar);
+    between two steps sigma is the one whose t that is."""
+    v, asked = 0.3, []
+
+    def denoiser(x, sigma):
+        asked.append(sigma)
+        return v / (v + sigma.view(-1, 1, 1, 1) ** 2) * x
+
+    model = from_denoiser(denoiser, SCHEDULE)
+    x = torch.randn(4, 3, 2, 2, dtype=torch.float64)
+    t = torch.tensor([0, 100, 500, 999])
+    abar = SCHEDULE.alphas_bar[t].view(-1, 1, 1, 1)
+    torch.testing.assert_close(model(x, t), (1 - abar).sqrt() / (abar * v + 1 - abar) * x)
+    sigmas = [0.011, 0.5, 3.0, 80.0]
+    t = torch.tensor([time_of(SCHEDULE, sigma) for sigma in sigmas], dtype=torch.float64)
+    model(x, t)
+    torch.testing.assert_close(asked[-1].tolist(), sigmas, rtol=1e-9, atol=0)
+    assert model.real_t

@@ -707,8 +707,23 @@ def test_no_flip_mirrors_nothing(tmp_path, monkeypatch, no_pictures):
     assert torch.equal(batches["--no-flip"], data.batch(Order(64, 0)(0, 64)))
 
 
-def test_update_is_adam_with_warmup_clipping_and_a_ramped_average():
-    """Three steps on eps_theta = w x_t, two of them clipped, against Adam (Kingma & Ba, Alg. 1) written out."""
+@pytest.mark.parametrize(
+    "flags, beta1, shrink, ramp",
+    [
+        ("", 0.9, 0.0, lambda step: (1 + step) / (10 + step)),
+        (
+            "--optimizer adamw --beta1 0.95 --weight-decay 0.01 --ema-ramp power",
+            0.95,
+            0.01,
+            lambda step: 1 - 1 / (1 + step) ** 0.75,
+        ),
+    ],
+)
+def test_update_is_adam_with_warmup_clipping_and_a_ramped_average(flags, beta1, shrink, ramp):
+    """Three steps on eps_theta = w x_t, two of them clipped, against Adam (Kingma & Ba, Alg. 1) written out.
+
+    AdamW first shrinks the weights by lr weight_decay (Loshchilov & Hutter, 2019, Alg. 2).
+    """
 
     class Scale(torch.nn.Module):
         def __init__(self):
@@ -720,7 +735,7 @@ def test_update_is_adam_with_warmup_clipping_and_a_ramped_average():
 
     net, args = (
         Scale(),
-        train.parse_args("--lr 0.1 --warmup 2 --clip-grad 0.4 --ema 0.2 --robust none".split()),
+        train.parse_args(f"--lr 0.1 --warmup 2 --clip-grad 0.4 --ema 0.5 {flags}".split()),
     )
     run, abar = train.prepare(net, args, torch.device("cpu")), train.NoiseSchedule().alphas_bar
     w, mean, square, average = np.array([0.3, -0.7]), 0.0, 0.0, np.array([0.3, -0.7])
@@ -746,10 +761,12 @@ def test_update_is_adam_with_warmup_clipping_and_a_ramped_average():
             logged["grad_norm"]
         ) == pytest.approx(norm)
         grad = grad * min(1, 0.4 / (norm + 1e-6))
-        mean, square = 0.9 * mean + 0.1 * grad, 0.999 * square + 0.001 * grad**2
+        mean = beta1 * mean + (1 - beta1) * grad
+        square = 0.999 * square + 0.001 * grad**2
         k, lr = step + 1, 0.1 * min(1, (step + 1) / 2)
-        w = w - lr * (mean / (1 - 0.9**k)) / (np.sqrt(square / (1 - 0.999**k)) + 1e-8)
-        decay = min(0.2, (1 + step) / (10 + step))
+        w = w * (1 - lr * shrink)
+        w = w - lr * (mean / (1 - beta1**k)) / (np.sqrt(square / (1 - 0.999**k)) + 1e-8)
+        decay = min(0.5, ramp(step))
         average = decay * average + (1 - decay) * w
         np.testing.assert_allclose(net.w.detach().numpy(), w, rtol=1e-9)
         np.testing.assert_allclose(run.ema.w.numpy(), average, rtol=1e-9)
@@ -805,21 +822,45 @@ def classifiers(tmp_path_factory):
     return out
 
 
+def test_addt_has_the_recipe_of_p2():
+    """AdamW (.95, .999), 1e-6, 2e-4 without a warm-up, 100 epochs of 196 steps of 256, EMA 1 - (1 +
+    step)^(-3/4) up to .9999; what is given stands, and without ADDT nothing of it holds."""
+    args = train.parse_args(["--robust", "addt"])
+    given = vars(args)
+    recipe = dict(
+        optimizer="adamw", beta1=0.95, weight_decay=1e-6, lr=2e-4, warmup=0, iters=19_600,
+        batch_size=256, ema_ramp="power", ema=0.9999, clip_grad=1.0, flip=True, dropout=None,
+    )  # fmt: skip
+    assert {name: given[name] for name in recipe} == recipe
+    assert 100 * -(-50_000 // 256) == args.iters
+    decays = [min(args.ema, training.EMA_RAMPS["power"](step)) for step in (0, 1, 15, 10**9)]
+    assert decays == pytest.approx([0, 1 - 2**-0.75, 1 - 1 / 8, 0.9999])
+    small = train.parse_args("--robust addt --model mini --lr 1e-3 --optimizer adam".split())
+    assert (small.iters, small.batch_size, small.lr, small.beta1) == (1200, 64, 1e-3, 0.95)
+    assert small.optimizer == "adam" and small.weight_decay == 1e-6
+    plain = train.parse_args([])
+    assert (plain.optimizer, plain.beta1, plain.weight_decay) == ("adam", 0.9, 0.0)
+    assert (plain.ema_ramp, plain.batch_size, plain.warmup) == ("tenth", 128, 5000)
+
+
+def test_the_flags_of_addt_reach_its_loss(monkeypatch):
+    """Table 15 varies lambda_unit."""
+    seen = {}
+    monkeypatch.setattr(train, "addt_loss", lambda *args, **kw: seen.update(args=args, kw=kw))
+    line = "--robust addt --addt-guide mse --addt-perturb linf --addt-unit 0.05 --addt-max 0.2"
+    args = train.parse_args(line.split())
+    train.addt("model", "schedule", args, "x0", "t", "eps", "y", "classifier")
+    assert seen["args"] == (
+        "model", "schedule", "classifier", "x0", "y", "t", "eps", "mse", "linf"
+    )  # fmt: skip
+    assert seen["kw"] == dict(unit=0.05, high=0.2)
+
+
 def test_addt_resumes_bit_for_bit_and_needs_its_classifier(
     checkpoint, classifiers, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(training, "generate", lambda *args, **kw: torch.zeros(64, 3, 8, 8))
-    addt = [
-        *SMALL,
-        "--robust",
-        "addt",
-        "--init",
-        checkpoint / "ckpt.pt",
-        "--warmup",
-        0,
-        "--optimizer",
-        "adamw",
-    ]
+    addt = [*SMALL, "--robust", "addt", "--init", checkpoint / "ckpt.pt", "--addt-max", 0.3]
     guided = [*addt, "--classifier", classifiers / "10.pt"]
     assert call(train, *guided, "--iters", 4, "--out", tmp_path / "whole") == 0
     torch.rand(7)  # the global generator's state must not matter
@@ -868,6 +909,8 @@ def test_addt_resumes_bit_for_bit_and_needs_its_classifier(
         "needs --classifier PATH": addt,
         "takes no --classifier": [*guided, "--addt-guide", "none"],
         "--lam: has no effect": [*guided, "--lam", 1],
+        "--addt-max 1.5": [*guided, "--addt-max", 1.5],
+        "--addt-unit: has no effect": [*SMALL, "--addt-unit", 0.1],
         "--addt-guide: has no effect": [*SMALL, "--addt-guide", "mse"],
         "no such checkpoint": [*addt, "--classifier", tmp_path / "no.pt"],
         "holds no classifier": [*addt, "--classifier", checkpoint / "ckpt.pt"],

@@ -265,6 +265,17 @@ def test_sees_x_and_t():
         )  # a row depends on its own inputs
 
 
+@torch.no_grad()
+def test_t_may_be_real():
+    """A whole number is the same t as a real number; a t a little larger is another one."""
+    net = random_net()
+    x, t = inputs(size=8)
+    assert net.real_t and torch.compile(net).real_t
+    assert torch.equal(net(x, t.float()), net(x, t))
+    step = (net(x, t + 1) - net(x, t)).abs().max()
+    assert 0 < (net(x, t + 0.1) - net(x, t)).abs().max() < 0.3 * step
+
+
 def test_channels_last_is_the_same():
     net, (x, t) = random_net(), inputs(size=16)
     with torch.no_grad():
