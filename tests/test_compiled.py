@@ -94,12 +94,11 @@ def test_an_attack_compiles_no_graph_for_a_short_batch(counting):
         amp="fp32",
         scale="std",
         phi=1.0,
-        attack_iters=1,
         attack_factor=2.0,
-        objective="x0",
         batch_size=3,
     )
-    runs, net, graphs = [(0.0, "none"), (1.0, "adversarial"), (1.0, "random")], network(), {}
+    runs = [(0.0, "none", {}), (1.0, "adversarial", {}), (1.0, "random", {})]
+    net, graphs = network(), {}
     for n in (3, 4):
         args.n = n
         torch._dynamo.reset()
