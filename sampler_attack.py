@@ -135,7 +135,7 @@ class Attack:
     factor: float = 2.0
     restarts: int = 1
     through: int = 1
-    probes: int = 20
+    probes: int = 5
 
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
@@ -203,25 +203,27 @@ class Attack:
         return predict_x0(x, self.eps(last, x), self.levels(last)[0])
 
     def gap_at(self, i, x_t):
-        """-> gap(delta) = q(x_t + delta) - q(x_t), of x_t's shape; J is its squared norm."""
+        """-> gap(delta), of x_t's shape, whose squared norm is J: q(x_t + delta) - q(x_t)."""
         abar, abar_prev = self.levels(i)
+        if self.objective == "ldm":
+            with torch.no_grad():
+                image = clipped(predict_x0(x_t, self.eps(i, x_t), abar), self.options["clip"])
+
+            def gap(delta):
+                x = x_t + delta
+                noise = (x - like(abar.sqrt(), x) * image) / like((1 - abar).sqrt(), x)
+                return self.eps(i, x) - noise
+
+            return gap
 
         def mean(x):
             return self.step(x, self.eps(i, x), abar=abar, abar_prev=abar_prev, clip=False)
 
-        def ldm(x):
-            noise = (x - like(abar.sqrt(), x) * image) / like((1 - abar).sqrt(), x)
-            return self.eps(i, x) - noise
-
-        table = dict(x0=functools.partial(self.x0_ahead, i), mean=mean)
-        table |= dict(eps=functools.partial(self.eps, i), ldm=ldm)
-        q = table[self.objective]
+        x0 = functools.partial(self.x0_ahead, i)
+        eps = functools.partial(self.eps, i)
+        q = dict(x0=x0, mean=mean, eps=eps)[self.objective]
         with torch.no_grad():
-            if self.objective == "ldm":
-                image = clipped(predict_x0(x_t, self.eps(i, x_t), abar), self.options["clip"])
-                target = 0
-            else:
-                target = q(x_t)
+            target = q(x_t)
         return lambda delta: q(x_t + delta) - target
 
     def best_delta(self, i, x_t, scale, random_signs):
@@ -263,7 +265,6 @@ class Attack:
 
     def compare(self, gap, start, nudged, delta, random_signs, scale):
         """Counts where J of delta is above that of the start and of random signs."""
-
         unit = scale.flatten().square()
         of_start, of_delta = value(gap, start), value(gap, delta)
         of_random = value(gap, delta.abs() * random_signs)
