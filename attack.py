@@ -2,9 +2,9 @@
 
     python attack.py --ckpt ddpm/ckpt.pt robust/ckpt.pt --n 10000 --fid                   # Fig. 7
     python attack.py --ckpt ddpm/ckpt.pt robust/ckpt.pt --sampler ddim --steps 50 --n 64  # minutes
-    python attack.py --ckpt out/ckpt.pt --steps 100 --objective mean x0        # J as P1 prints it
+    python attack.py --ckpt out/ckpt.pt --steps 100 --objective mean ldm       # J as P1 prints it
     python attack.py --ckpt out/ckpt.pt --steps 100 --attack-iters 1 5 --restarts 1 3
-    python attack.py --ckpt out/ckpt.pt --sampler ddim --steps 20 --through 1 5 20
+    python attack.py --ckpt out/ckpt.pt --sampler ddim --steps 50 --objective x0 --through 1 50
 
 The claim (P1 §3.4): the attack ruins a DDPM, while Robust_adv bears it on up to half of the steps.
 The attack, its objectives and its checks: sampler_attack.py. Of several --objective, --attack-iters,
@@ -149,7 +149,7 @@ def parse():
     add("--n", type=count, default=64, help="images of each kind; P1's Fig. 7 needs 10,000")
     add("--attacked", **shares, metavar="SHARE", help="shares of the steps; adds 0")
     many = dict(type=count, nargs="+", default=[1])
-    what = dict(choices=OBJECTIVES, nargs="+", default=["x0"])
+    what = dict(choices=OBJECTIVES, nargs="+", default=["ldm"])
     add("--objective", **what, help="what J measures; P1 prints mean")
     add("--scale", choices=["std", "var"], default="std", help="|delta|: sqrt(beta_t) or beta_t")
     add("--phi", type=positive, default=1.0, help="the random start's std over scale_t")

@@ -6,24 +6,27 @@
 On an attacked step, with scale_t = sqrt(beta_t) of that step between its two noise levels (or
 beta_t: P1's text says both, its formulas sigma(t) = beta_t),
 
-    x'    = x_t + phi scale_t N(0, I)      the random start: at x_t itself J has no gradient
-    J(x') = |q(x') - q(x_t)|^2             summed over the elements of a sample
+    x'    = x_t + phi scale_t N(0, I)      the random start
     delta = scale_t sign(grad J(x'));      the sampler goes on from x_t + delta.
 
-q is the `objective`. It is not clipped: where x^_0 is cut, it would have no gradient.
+J is summed over the elements of a sample. `objective`:
 
-    x0    q = x^_0, the denoised image. Ours, and the default. through = K > 1, for DDIM without
-          noise: x^_0 at the last of K steps from here, hence the final sample where fewer are left.
-          The steps in between are the sampler's own, their clipping included.
-    mean  q = the step without its noise: J as P1 prints it. It says little about the network: where
-          beta_t is small this is nearly x_t itself, whatever the network, and delta little more
-          than the signs of its own random start.
-    eps   q = eps_theta, as in Eq. 8 (ours).
-    ldm   L_DM, whose gradient Algorithm 2 prints: J = |eps_theta(x') - eps'|^2, eps' the noise in
-          x' if x^_0(x_t), clipped as the sampler clips it, is the image (ours: P1 names none).
-          Where nothing is clipped it is abar / (1 - abar) times the J of x0, hence the same attack.
-          Where x^_0 overshoots, J has a gradient at x_t itself, which points the same way at every
-          step: on the networks tried it moves the samples farthest, to black or white.
+    ldm   J = |eps_theta(x') - eps'|^2, the default: the L_DM whose gradient Algorithm 2 prints. eps'
+          is the noise in x' if x^_0(x_t), clipped as the sampler clips it, is the image (ours: P1
+          names none). Where nothing is clipped it is abar / (1 - abar) times the J of x0, hence the
+          same attack. Where x^_0 overshoots, J has a gradient at x_t itself, which points the same
+          way at every step: of one-step attacks on the networks tried it moves samples of 50 steps
+          farthest, to black or white.
+    x0    J = |q(x') - q(x_t)|^2, q = x^_0, the denoised image (ours). With through = K > 1, for DDIM
+          without noise, q is x^_0 at the last of K steps from here, hence the final sample where
+          fewer are left. The steps in between are the sampler's own, their clipping included.
+    mean  the same with q = the step without its noise: J as P1 prints it. It says little about the
+          network: where beta_t is small this is nearly x_t itself, whatever the network, and delta
+          little more than the signs of its own random start.
+    eps   the same with q = eps_theta, as in Eq. 8 (ours).
+
+At x_t itself the last three have no gradient, hence the random start. q is not clipped: where x^_0 is
+cut, it would have no gradient either.
 
 Ours too: phi = 1 (P1 gives no value), steps that are projected on the ball of scale_t, and of
 several random starts the delta with the largest J, image by image.
@@ -49,7 +52,7 @@ from losses import NoiseSchedule, frozen, like, predict_x0, scaled_gradient
 from rng import image_noise
 from samplers import clipped, ddim_step, ddim_timesteps, ddpm_step, ddpm_timesteps
 
-OBJECTIVES = ["x0", "mean", "eps", "ldm"]
+OBJECTIVES = ["ldm", "x0", "mean", "eps"]
 COUNTED = (  # per image, summed over its attacked steps
     ["steps", "size", "outside"]  # size: RMS of delta over scale_t; outside: elements beyond it
     + ["nonfinite", "zero"]  # elements of the gradient; share of them
@@ -128,7 +131,7 @@ class Attack:
     seed: int
     share: float = 1.0
     kind: str = "adversarial"
-    objective: str = "x0"
+    objective: str = "ldm"
     scale: str = "std"
     phi: float = 1.0
     iters: int = 1

@@ -266,7 +266,11 @@ def test_purification_never_waits_for_the_gpu(sampler, monkeypatch):
 
 @pytest.mark.parametrize(
     "sampler, settings",
-    [("ddpm", dict(kind="random")), ("ddpm", dict(iters=2, restarts=2)), ("ddim", dict(through=2))],
+    [
+        ("ddpm", dict(kind="random")),
+        ("ddpm", dict(iters=2, restarts=2)),
+        ("ddim", dict(objective="x0", through=2)),
+    ],
 )
 def test_the_attacked_step_copies_nothing_to_the_gpu(sampler, settings):
     net, _, schedule, x, index = elsewhere()
