@@ -2,12 +2,15 @@
 
     python attack.py --ckpt ddpm/ckpt.pt robust/ckpt.pt --n 10000 --fid                   # Fig. 7
     python attack.py --ckpt ddpm/ckpt.pt robust/ckpt.pt --sampler ddim --steps 50 --n 64  # minutes
-    python attack.py --ckpt out/ckpt.pt --steps 100 --attack-iters 5           # projected steps
-    python attack.py --ckpt out/ckpt.pt --steps 100 --objective mean           # J as P1 prints it
+    python attack.py --ckpt out/ckpt.pt --steps 100 --objective mean ldm       # J as P1 prints it
+    python attack.py --ckpt out/ckpt.pt --steps 100 --attack-iters 1 5 --restarts 1 3
+    python attack.py --ckpt out/ckpt.pt --sampler ddim --steps 50 --objective x0 --through 1 50
 
 The claim (P1 §3.4): the attack ruins a DDPM, while Robust_adv bears it on up to half of the steps.
-The attack, its objectives and its checks: sampler_attack.py. Beside it always stands a control, a
-random delta = scale_t (+1 or -1): what the size of delta explains without its direction (ours).
+The attack, its objectives and its checks: sampler_attack.py. Of several --objective, --attack-iters,
+--restarts and --through every combination is an attack of its own, at every share. Beside them
+always stands a control, a random delta = scale_t (+1 or -1): what the size of delta explains
+without its direction (ours).
 
 Leaves --out/attack.png, rows.png, table.csv and metrics.json. A violated check is printed on stderr
 and kept in metrics.json; the run goes on. Image i, attacked or not, is a function of --seed and i
@@ -16,6 +19,7 @@ sample of sample.py, bit for bit.
 """
 
 import argparse
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -33,13 +37,38 @@ from data import to_float
 from losses import NoiseSchedule
 from outputs import plt
 from runtime import between
-from sampler_attack import COUNTED, OBJECTIVES, Attack, attacked_steps, sampler_steps, summarise
+from sampler_attack import (
+    COUNTED,
+    OBJECTIVES,
+    Attack,
+    attacked_steps,
+    check_through,
+    sampler_steps,
+    summarise,
+)
+
+
+def attacks(args):
+    """Every combination of the values given -> [keyword arguments of Attack]."""
+    names = ["objective", "iters", "restarts", "through"]
+    values = [args.objective, args.attack_iters, args.restarts, args.through]
+    return [dict(zip(names, chosen)) for chosen in itertools.product(*values)]
+
+
+def describe(settings):
+    """An attack in a few words."""
+    words = [f"J: {settings['objective']}"]
+    for name, unit in [("iters", "steps"), ("restarts", "starts"), ("through", "steps ahead")]:
+        if settings[name] > 1:
+            words.append(f"{settings[name]} {unit}")
+    return ", ".join(words)
 
 
 def attacked_samples(model, size, runs, args, options, where, bar):
     """-> images (R, n, S, S, 3) uint8 and counts {name: (R, n)}, the same on every process.
 
-    runs: R times (share, kind), the first unattacked; where: (device, rank, world).
+    runs: R times (share, kind, settings of the attack), the first unattacked; where: (device, rank,
+    world).
     """
     device, rank, world = where
     schedule = NoiseSchedule().to(device)
@@ -47,16 +76,15 @@ def attacked_samples(model, size, runs, args, options, where, bar):
     images = torch.zeros(len(runs), args.n, size, size, 3, dtype=torch.uint8)
     zeros = torch.zeros(len(runs), args.n, dtype=torch.float64)
     rows = {name: zeros.clone() for name in [*COUNTED, "change_square", "lost"]}
-    settings = dict(objective=args.objective, scale=args.scale, phi=args.phi)
-    settings |= dict(iters=args.attack_iters, factor=args.attack_factor)
+    common = dict(scale=args.scale, phi=args.phi, factor=args.attack_factor)
     for numbers, count in sample.batches(mine, args.batch_size, sample.is_compiled(model)):
         index = torch.tensor(numbers, device=device)
         kept = numbers[:count]
-        for k, (share, kind) in enumerate(runs):
+        for k, (share, kind, settings) in enumerate(runs):
             hook = None
             if share > 0:
                 attack = (model, schedule, args.sampler, options, index, args.seed, share, kind)
-                hook = Attack(*attack, **settings)
+                hook = Attack(*attack, **common, **settings)
             with runtime.autocast(device, args.amp):
                 x = sample.generate(
                     model,
@@ -90,11 +118,13 @@ def attacked_samples(model, size, runs, args, options, where, bar):
 
 def score(images, counts, kind, args, scorer, data, device):
     """The numbers of one sample (n, S, S, 3) uint8; change_rms is the RMS of x - x unattacked, per
-    pixel of [-1, 1]."""
+    pixel of [-1, 1], change_95 its 95 % interval over images."""
+    squares = counts["change_square"]
     x = to_float(torch.from_numpy(images))
     numbers = dict(
         noise_level=metrics.noise_level(x).mean().item(),
-        change_rms=counts["change_square"].mean().sqrt().item(),
+        change_rms=squares.mean().sqrt().item(),
+        change_95=metrics.rms_interval(squares),
     )
     if args.fid:
         numbers |= sample.evaluate(images, args, scorer, data, device)
@@ -115,10 +145,14 @@ def parse():
     add("--ckpt", required=True, nargs="+", help="checkpoints of train.py, or diffusers folders")
     add("--n", type=count, default=64, help="images of each kind; P1's Fig. 7 needs 10,000")
     add("--attacked", **shares, metavar="SHARE", help="shares of the steps; adds 0")
-    add("--objective", choices=OBJECTIVES, default="x0", help="what J measures; P1 prints mean")
+    many = dict(type=count, nargs="+", default=[1])
+    what = dict(choices=OBJECTIVES, nargs="+", default=["ldm"])
+    add("--objective", **what, help="what J measures; P1 prints mean")
     add("--scale", choices=["std", "var"], default="std", help="|delta|: sqrt(beta_t) or beta_t")
     add("--phi", type=positive, default=1.0, help="the random start's std over scale_t")
-    add("--attack-iters", type=count, default=1, help="1: FGSM; more: projected steps")
+    add("--attack-iters", **many, metavar="K", help="1: FGSM; more: projected steps")
+    add("--restarts", **many, metavar="R", help="random starts, of which the best counts")
+    add("--through", **many, metavar="K", help="x0 is that of the K-th step from here; ddim, eta 0")
     add("--attack-factor", type=between(1), default=2.0, help="size of those, times scale_t / K")
     add("--steps", type=int, help="default: ddpm 1000, ddim 100")
     add("--spacing", default="respaced", help="ddpm, for fewer steps: respaced | naive | truncated")
@@ -132,6 +166,9 @@ def parse():
     if args.sampler == "heun":
         raise ValueError("--sampler heun: the attack is defined on the steps of ddpm and ddim")
     options = sample.sampler_options(args, args.steps, args.spacing)
+    runtime.refuse_repeats(args, "objective", "attack_iters", "restarts", "through")
+    for settings in attacks(args):
+        check_through(settings["through"], settings["objective"], args.sampler, options)
     args.n_steps = len(sampler_steps(args.sampler, options, NoiseSchedule().T)[0])
     args.attacked = sorted({0.0, *args.attacked})
     if len(args.attacked) > 1 and not attacked_steps(args.n_steps, args.attacked[1]):
@@ -163,9 +200,10 @@ def main():
     device, rank, world = where = runtime.setup(args.device, parallel=True)
     models, scorer = load(args, device, rank)
     out = outputs.claim(args.out) if rank == 0 else Path(args.out)
-    runs = [(0.0, "none")]
+    runs = [(0.0, "none", {})]
     for share in args.attacked[1:]:
-        runs += [(share, "adversarial"), (share, "random")]
+        runs += [(share, "adversarial", settings) for settings in attacks(args)]
+        runs += [(share, "random", {})]
     record, pictures = {}, {}
     total = len(range(args.n)[rank::world]) * len(runs) * len(models)
     label = f"attack {args.sampler} {args.n_steps} steps"
@@ -176,14 +214,15 @@ def main():
             pictures[name] = torch.from_numpy(images[:, :10]).permute(0, 1, 4, 2, 3) / 255
             record[name] = []
             data = args.data or trained.get("data")
-            for k, (share, kind) in enumerate(runs if rank == 0 else []):
+            for k, (share, kind, settings) in enumerate(runs if rank == 0 else []):
                 of_run = {key: values[k] for key, values in counts.items()}
                 steps = len(attacked_steps(args.n_steps, share))
-                numbers = dict(share=share, kind=kind, attacked_steps=steps)
+                numbers = dict(share=share, kind=kind, attacked_steps=steps) | settings
                 numbers |= score(images[k], of_run, kind, args, scorer, data, device)
                 record[name].append(numbers)
                 for line in numbers.get("checks", {}).get("violated", []):
-                    text = f"CHECK VIOLATED: {name}, {share:.0%} of the steps: {line}"
+                    which = f"{name}, {describe(settings)}, {share:.0%} of the steps"
+                    text = f"CHECK VIOLATED: {which}: {line}"
                     tqdm.write(text, file=sys.stderr)
             if rank == 0:  # after each: Ctrl-C keeps those before
                 outputs.write_table(out / "table.csv", table(record))
@@ -194,7 +233,7 @@ def main():
         plot_rows(pictures, runs, out / "rows.png")
         of_attacks = [d for ds in record.values() for d in ds if "checks" in d]
         violated = sum(len(d["checks"]["violated"]) for d in of_attacks)
-        settings = ["n", "sampler", "objective", "scale", "phi", "attack_iters", "attack_factor"]
+        settings = ["n", "sampler", "scale", "phi", "attack_factor"]
         settings = {name: getattr(args, name) for name in settings} | options
         settings |= dict(violated=violated, checkpoints=record)
         runtime.write_metrics(out, started, seed=args.seed, device=device, **settings)
@@ -217,53 +256,66 @@ def table(record):
 
 
 def plot_curves(record, quantities, args, styles, path):
-    """Fig. 7: over the share of steps attacked; solid adversarial, dashed random."""
+    """Fig. 7: over the share of steps attacked; solid adversarial, dashed random. A row of panels
+    for each attack; bars: 95 % intervals over images."""
     labels = dict(
         noise_level="noise level ([-1, 1] scale)",
         change_rms="RMS of x - unattacked per pixel",
         IS="Inception Score",
     )
-    fig, axes = plt.subplots(1, len(quantities), figsize=(10, 3.4), layout="constrained")
-    for ax, quantity in zip(axes, quantities):
-        for name, ds in record.items():
-            colour, label = styles[name]
-            for kind, line in (("adversarial", "o-"), ("random", "s--")):
-                points = [
-                    (100 * d["share"], d[quantity]) for d in ds if d["kind"] in ("none", kind)
-                ]
-                if len(points) > 1 or kind == "adversarial":
-                    ax.plot(*zip(*points), line, color=colour, label=f"{label}, {kind}", ms=4)
-        ylabel = labels.get(quantity, quantity.replace(" in ", "\nin "))
-        ax.set(xlabel="attacked steps (%)", ylabel=ylabel)
-        ax.grid(alpha=0.3)
+    rows = attacks(args)
+    size = (10, 0.8 + 2.6 * len(rows))
+    grid = dict(figsize=size, squeeze=False, sharey="col", layout="constrained")
+    fig, axes = plt.subplots(len(rows), len(quantities), **grid)
+    for row, settings in zip(axes, rows):
+        for ax, quantity in zip(row, quantities):
+            for name, ds in record.items():
+                plot_lines(ax, ds, quantity, settings, *styles[name])
+            ylabel = labels.get(quantity, quantity.replace(" in ", "\nin "))
+            ax.set(title=describe(settings), xlabel="attacked steps (%)", ylabel=ylabel)
+            ax.grid(alpha=0.3)
     size = dict(std="√β", var="β")[args.scale]
-    fig.suptitle(
-        f"Attack on {args.sampler.upper()}, {args.n_steps} steps, J: {args.objective}, "
-        f"max |δ| = {size}$_t$, {args.attack_iters} gradient step(s), n = {args.n}",
-        fontsize=11,
-    )
-    handles = axes[0].get_legend_handles_labels()
+    about = f"{args.sampler.upper()}, {args.n_steps} steps, max |δ| = {size}$_t$, n = {args.n}"
+    fig.suptitle(f"Attack on {about}", fontsize=11)
+    handles = axes[0, 0].get_legend_handles_labels()
     fig.legend(*handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
 
+def plot_lines(ax, ds, quantity, settings, colour, label):
+    """One attack and the control on one checkpoint, whose rows are ds."""
+    none = [d for d in ds if d["kind"] == "none"]
+    attacked = [d for d in ds if d["kind"] == "adversarial" and settings.items() <= d.items()]
+    random = [d for d in ds if d["kind"] == "random"]
+    for kind, line, of_kind in (("adversarial", "o-", attacked), ("random", "s--", random)):
+        points = none + of_kind
+        share = [100 * d["share"] for d in points]
+        values = [d[quantity] for d in points]
+        bars = None
+        if quantity == "change_rms":
+            below = [max(0, v - d["change_95"][0]) for v, d in zip(values, points)]
+            above = [max(0, d["change_95"][1] - v) for v, d in zip(values, points)]
+            bars = [below, above]
+        ax.errorbar(share, values, bars, fmt=line, color=colour, label=f"{label}, {kind}", ms=4)
+
+
 def plot_rows(pictures, runs, path):
-    """The same images at every share, by checkpoint; attack left, control right."""
-    shares = sorted({share for share, _ in runs})
-    kinds = list(dict.fromkeys(kind for _, kind in runs))[1:] or ["none"]
+    """The same images at every share, by checkpoint; the attacks left, the control right."""
+    shares = sorted({share for share, _, _ in runs})
+    columns = [(kind, settings) for share, kind, settings in runs if share == shares[-1]]
     blocks = [(name, share) for name in pictures for share in shares]
-    size = (5.2 * len(kinds), 0.8 * len(blocks))
-    fig, axes = plt.subplots(
-        len(blocks), len(kinds), figsize=size, squeeze=False, layout="constrained"
-    )
+    size = (5.2 * len(columns), 0.8 * len(blocks))
+    grid = dict(figsize=size, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(len(blocks), len(columns), **grid)
     for row, (name, share) in zip(axes, blocks):
-        for ax, kind in zip(row, kinds):
+        for ax, (kind, settings) in zip(row, columns):
             ax.axis("off")
-            x = pictures[name][runs.index((share, kind if share else "none"))]
-            grid = make_grid(x, nrow=10, padding=1, pad_value=1)
-            ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
-            what = f"{share:.0%} of the steps, {kind}" if share else "no attack"
+            k = runs.index((share, kind, settings)) if share else 0
+            x = make_grid(pictures[name][k], nrow=10, padding=1, pad_value=1)
+            ax.imshow(x.permute(1, 2, 0).numpy(), interpolation="nearest")
+            attack = describe(settings) if settings else kind
+            what = f"{share:.0%} of the steps, {attack}" if share else "no attack"
             ax.set_title(f"{name}, {what}", fontsize=9, loc="left", pad=2)
     fig.savefig(path, dpi=120)
     plt.close(fig)

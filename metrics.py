@@ -72,6 +72,19 @@ def clopper_pearson(k, n, level=0.95):
     return float(low), float(high)
 
 
+def rms_interval(squares, level=0.95, resamples=1000):
+    """Bootstrap interval of sqrt(mean(squares)) over images, squares (n,) >= 0 -> (low, high).
+
+    Percentiles (Efron & Tibshirani, 1993, ch. 13) with draws of their own, the same at every call.
+    """
+    squares = np.asarray(squares, np.float64)
+    rng = np.random.default_rng(0)
+    n = len(squares)
+    drawn = [squares[rng.integers(n, size=n)].mean() for _ in range(resamples)]
+    low, high = np.quantile(np.sqrt(drawn), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
 def judged_faulty(clean, faulty, *samples):
     """Fisher's linear discriminant between features (n, d) of clean and of faulty images, cut
     halfway between their means.

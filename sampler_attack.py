@@ -6,31 +6,37 @@
 On an attacked step, with scale_t = sqrt(beta_t) of that step between its two noise levels (or
 beta_t: P1's text says both, its formulas sigma(t) = beta_t),
 
-    x'    = x_t + phi scale_t N(0, I)      the random start: at x_t itself J has no gradient
-    J(x') = |q(x') - q(x_t)|^2             summed over the elements of a sample
+    x'    = x_t + phi scale_t N(0, I)      the random start
     delta = scale_t sign(grad J(x'));      the sampler goes on from x_t + delta.
 
-q is the `objective`. Nothing in J is clipped: where x^_0 is cut, it would have no gradient.
+J is summed over the elements of a sample. `objective`:
 
-    x0    q = x^_0, the denoised image. Ours, and the default.
-    mean  q = the step without its noise: J as P1 prints it. It says little about the network: where
-          beta_t is small this is nearly x_t itself, whatever the network, and delta little more
-          than the signs of its own random start.
-    eps   q = eps_theta, as in Eq. 8 (ours).
-    ldm   L_DM, whose gradient Algorithm 2 prints: J = |eps_theta(x') - eps'|^2, eps' the noise in
-          x' if x^_0(x_t), clipped as the sampler clips it, is the image (ours: P1 names none).
-          Where nothing is clipped it is abar / (1 - abar) times the J of x0, hence the same attack.
-          Where x^_0 overshoots, J has a gradient at x_t itself, which points the same way at every
-          step: on the networks tried it moves the samples farthest, to black or white.
+    ldm   J = |eps_theta(x') - eps'|^2, the default: the L_DM whose gradient Algorithm 2 prints. eps'
+          is the noise in x' if x^_0(x_t), clipped as the sampler clips it, is the image (ours: P1
+          names none). Where nothing is clipped it is abar / (1 - abar) times the J of x0, hence the
+          same attack. Where x^_0 overshoots, J has a gradient at x_t itself, which points the same
+          way at every step: of one-step attacks on the networks tried it moves samples of 50 steps
+          farthest, to black or white.
+    x0    J = |q(x') - q(x_t)|^2, q = x^_0, the denoised image (ours). With through = K > 1, for DDIM
+          without noise, q is x^_0 at the last of K steps from here, hence the final sample where
+          fewer are left. The steps in between are the sampler's own, their clipping included.
+    mean  the same with q = the step without its noise: J as P1 prints it. It says little about the
+          network: where beta_t is small this is nearly x_t itself, whatever the network, and delta
+          little more than the signs of its own random start.
+    eps   the same with q = eps_theta, as in Eq. 8 (ours).
 
-Ours too: phi = 1 (P1 gives no value), and steps that are projected on the ball of scale_t.
+At x_t itself the last three have no gradient, hence the random start. q is not clipped: where x^_0 is
+cut, it would have no gradient either.
+
+Ours too: phi = 1 (P1 gives no value), steps that are projected on the ball of scale_t, and of
+several random starts the delta with the largest J, image by image.
 
 The checks are always on: delta in the ball, gradients finite and not 0 (up to 1 in 1,000), a
 twentieth of scale_t along the gradient's signs raises J over the start; and J(x_t + delta) above J
-of the start and of |delta| with random signs; each in 90 % of (sample, step). The last two can fail
-with a correct gradient, where the attack is no stronger than its start: see same_sign, the share of
-delta's signs that are the start's. J is compared on a few attacked steps, as it takes 4 more
-network calls.
+of the first start and of |delta| with random signs; each in 90 % of (sample, step). The last two can
+fail with a correct gradient, where the attack is no stronger than its start: see same_sign, the
+share of delta's signs that are the start's. J is compared on a few attacked steps, as it takes 4
+more evaluations.
 """
 
 import functools
@@ -40,12 +46,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from losses import NoiseSchedule, frozen, like, predict_x0, scaled_gradient
 from rng import image_noise
 from samplers import clipped, ddim_step, ddim_timesteps, ddpm_step, ddpm_timesteps
 
-OBJECTIVES = ["x0", "mean", "eps", "ldm"]
+OBJECTIVES = ["ldm", "x0", "mean", "eps"]
 COUNTED = (  # per image, summed over its attacked steps
     ["steps", "size", "outside"]  # size: RMS of delta over scale_t; outside: elements beyond it
     + ["nonfinite", "zero"]  # elements of the gradient; share of them
@@ -75,12 +82,23 @@ def attacked_steps(n_steps, share):
 
 
 def sampler_steps(sampler, options, T):
-    """The pairs (t, t_prev) of ddpm_sample or ddim_sample, and a step's mean, unclipped."""
+    """-> the pairs (t, t_prev) of ddpm_sample or ddim_sample; its step without noise."""
     if sampler == "ddpm":
         pairs = ddpm_timesteps(T, options["steps"], options["spacing"])
-        return pairs, functools.partial(ddpm_step, z=0.0, clip=False)
+        return pairs, functools.partial(ddpm_step, z=0.0, clip=options["clip"])
     pairs = ddim_timesteps(T, options["steps"])
-    return pairs, functools.partial(ddim_step, z=0.0, eta=options["eta"], clip=False)
+    settings = {name: options[name] for name in ("eta", "clip", "rederive") if name in options}
+    return pairs, functools.partial(ddim_step, z=0.0, **settings)
+
+
+def check_through(through, objective, sampler, options):
+    """Raises ValueError where the gradient cannot go through the next steps."""
+    if through < 1:
+        raise ValueError(f"--through {through}: must be at least 1")
+    if through > 1 and objective != "x0":
+        raise ValueError(f"--through {through}: is of --objective x0, not of {objective}")
+    if through > 1 and (sampler != "ddim" or options["eta"] > 0):
+        raise ValueError(f"--through {through}: needs steps without noise, --sampler ddim --eta 0")
 
 
 def stream(i, j):
@@ -96,10 +114,13 @@ class Attack:
     sampler, options: of sample.generate, "ddpm" or "ddim"; index (B,): the images' numbers, on
     x_t's device; share: of attacked_steps. kind: "adversarial" or "random", whose delta is scale_t
     times random signs. iters > 1: that many steps of factor scale_t / iters from the start, all in
-    the l_inf ball of radius scale_t around x_t. probes: attacked steps on which J is compared.
+    the l_inf ball of radius scale_t around x_t. restarts: random starts, of which the best counts.
+    through: see the objective x0. probes: attacked steps on which J is compared.
     Leaves counts: {name: (B,) float64}, see COUNTED. An element without a finite gradient is
     counted and not moved. Network calls per attacked step, beside the sampler's: 1 + iters (with
-    gradient). No graph outlives a step, so that memory does not depend on T.
+    gradient); restarts = R > 1: 1 + R (iters + 1). through = K: K times as many, and each call with
+    gradient twice, as its activations are computed again instead of kept. No graph outlives a step.
+    So memory depends neither on T nor, but for a few tensors of x's shape, on K.
     """
 
     model: Any
@@ -110,17 +131,20 @@ class Attack:
     seed: int
     share: float = 1.0
     kind: str = "adversarial"
-    objective: str = "x0"
+    objective: str = "ldm"
     scale: str = "std"
     phi: float = 1.0
     iters: int = 1
     factor: float = 2.0
-    probes: int = 20
+    restarts: int = 1
+    through: int = 1
+    probes: int = 5
 
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
             raise ValueError(f"--objective {self.objective}: need one of {', '.join(OBJECTIVES)}")
-        self.pairs, self.mean = sampler_steps(self.sampler, self.options, self.schedule.T)
+        check_through(self.through, self.objective, self.sampler, self.options)
+        self.pairs, self.step = sampler_steps(self.sampler, self.options, self.schedule.T)
         self.steps = attacked_steps(len(self.pairs), self.share)
         spread = np.linspace(0, len(self.steps) - 1, min(self.probes, len(self.steps)))
         self.probed = {self.steps[round(k)] for k in spread}
@@ -142,9 +166,8 @@ class Attack:
         if self.kind == "random":
             delta = scale * signs
         else:
-            start = self.phi * scale * self.draw(i, 0, x_t)
             with torch.no_grad(), frozen(self.model):
-                delta = self.ascend(i, x_t, start, scale, signs)
+                delta = self.best_delta(i, x_t, scale, signs)
         ratio = (delta / scale).flatten(1)
         outside = (ratio.abs() > 1 + 1e-5).sum(1)
         self.count(steps=1, size=ratio.square().mean(1).sqrt(), outside=outside)
@@ -165,74 +188,103 @@ class Attack:
         for name, value in values.items():
             self.counts[name] += value
 
+    def eps(self, i, x):
+        """eps_theta of step i, x's shape and dtype."""
+        t = torch.full((len(x),), self.pairs[i][0], device=x.device)
+        if self.through > 1 and x.requires_grad:
+            eps = checkpoint(self.model, x, t, use_reentrant=False, preserve_rng_state=False)
+        else:
+            eps = self.model(x, t)
+        return eps.to(x.dtype).clone()  # a CUDA graph writes its next output over this one
+
+    def x0_ahead(self, i, x):
+        """x^_0 at the last of `through` steps of the sampler from x at step i, or of those left."""
+        last = min(i + self.through, len(self.pairs)) - 1
+        for k in range(i, last):
+            abar, abar_prev = self.levels(k)
+            x = self.step(x, self.eps(k, x), abar=abar, abar_prev=abar_prev)
+        return predict_x0(x, self.eps(last, x), self.levels(last)[0])
+
     def gap_at(self, i, x_t):
-        """-> gap(delta) = q(x_t + delta) - q(x_t), of x_t's shape; J is its squared norm."""
+        """-> gap(delta), of x_t's shape, whose squared norm is J: q(x_t + delta) - q(x_t)."""
         abar, abar_prev = self.levels(i)
-        t = torch.full((len(x_t),), self.pairs[i][0], device=x_t.device)
+        if self.objective == "ldm":
+            with torch.no_grad():
+                image = clipped(predict_x0(x_t, self.eps(i, x_t), abar), self.options["clip"])
 
-        def q(x, eps):
-            if self.objective == "x0":
-                return predict_x0(x, eps, abar)
-            if self.objective == "mean":
-                return self.mean(x, eps, abar=abar, abar_prev=abar_prev)
-            if self.objective == "eps":
-                return eps
-            return eps - (x - like(abar.sqrt(), x) * image) / like((1 - abar).sqrt(), x)  # L_DM
+            def gap(delta):
+                x = x_t + delta
+                noise = (x - like(abar.sqrt(), x) * image) / like((1 - abar).sqrt(), x)
+                return self.eps(i, x) - noise
 
+            return gap
+
+        def mean(x):
+            return self.step(x, self.eps(i, x), abar=abar, abar_prev=abar_prev, clip=False)
+
+        x0 = functools.partial(self.x0_ahead, i)
+        eps = functools.partial(self.eps, i)
+        q = dict(x0=x0, mean=mean, eps=eps)[self.objective]
         with torch.no_grad():
-            # a CUDA graph writes its next output over this one
-            eps_x = self.model(x_t, t).to(x_t.dtype).clone()
-            image = clipped(predict_x0(x_t, eps_x, abar), self.options["clip"])
-            target = 0 if self.objective == "ldm" else q(x_t, eps_x)
+            target = q(x_t)
+        return lambda delta: q(x_t + delta) - target
 
-        def gap(delta):
-            x = x_t + delta
-            return q(x, self.model(x, t).to(x.dtype)) - target
-
-        return gap
-
-    def ascend(self, i, x_t, start, scale, random_signs):
-        """delta: one step of FGSM from x_t, or projected steps from the start."""
+    def best_delta(self, i, x_t, scale, random_signs):
+        """Of the random starts' deltas the one with the largest J, image by image."""
         gap = self.gap_at(i, x_t)
-        if self.iters > 1:
-            start = start.clamp(-scale, scale)
+        starts = []
+        for j in [0, *range(2, self.restarts + 1)]:  # draw 1: the random signs
+            start = self.phi * scale * self.draw(i, j, x_t)
+            starts.append(start if self.iters == 1 else start.clamp(-scale, scale))
+        deltas, signs = zip(*[self.ascend(gap, start, scale) for start in starts])
+        best = deltas[0]
+        if self.restarts > 1:
+            J = torch.stack([value(gap, delta) for delta in deltas])
+            best = torch.stack(deltas)[J.argmax(0), torch.arange(len(x_t), device=x_t.device)]
+        if i in self.probed:
+            nudged = starts[0] + 0.05 * scale * signs[0]
+            self.compare(gap, starts[0], nudged, best, random_signs, scale)
+        return best
+
+    def ascend(self, gap, start, scale):
+        """-> delta, by one step of FGSM from x_t or projected steps from the start; the signs of the
+        gradient at the start."""
         first = self.gradient_signs(gap, start)
         if self.iters == 1:
-            delta = scale * first  # from x_t, not from the start
-        else:
-            step = self.factor * scale / self.iters
-            delta = (start + step * first).clamp(-scale, scale)
-            for _ in range(1, self.iters):
-                signs = self.gradient_signs(gap, delta)
-                delta = (delta + step * signs).clamp(-scale, scale)
-        if i in self.probed:
-            self.compare(gap, start, start + 0.05 * scale * first, delta, random_signs, scale)
-        return delta
+            return scale * first, first  # from x_t, not from the start
+        step = self.factor * scale / self.iters
+        delta = (start + step * first).clamp(-scale, scale)
+        for _ in range(1, self.iters):
+            signs = self.gradient_signs(gap, delta)
+            delta = (delta + step * signs).clamp(-scale, scale)
+        return delta, first
 
     def gradient_signs(self, gap, delta):
         grad = gradient(gap, delta)
         finite = grad.isfinite()
-        zero = (grad == 0).flatten(1).double().mean(1) / self.iters
+        zero = (grad == 0).flatten(1).double().mean(1) / (self.iters * self.restarts)
         self.count(nonfinite=(~finite).flatten(1).sum(1), zero=zero)
         return grad.sign().where(finite, 0)
 
     def compare(self, gap, start, nudged, delta, random_signs, scale):
         """Counts where J of delta is above that of the start and of random signs."""
-
-        def J(d):
-            return gap(d).square().flatten(1).sum(1)
-
         unit = scale.flatten().square()
-        of_start, of_delta, of_random = J(start), J(delta), J(delta.abs() * random_signs)
+        of_start, of_delta = value(gap, start), value(gap, delta)
+        of_random = value(gap, delta.abs() * random_signs)
         self.count(
             probes=1,
-            ascends=J(nudged) > of_start,
+            ascends=value(gap, nudged) > of_start,
             same_sign=(delta.sign() == start.sign()).flatten(1).double().mean(1),
             above_start=of_delta > of_start,
             above_random=of_delta > of_random,
             J=of_delta / unit,
             J_random=of_random / unit,
         )
+
+
+def value(gap, delta):
+    """J = |gap(delta)|^2 -> (B,)."""
+    return gap(delta).square().flatten(1).sum(1)
 
 
 def gradient(gap, delta):

@@ -333,6 +333,122 @@ def test_violations_are_reported():
     assert "5 elements of delta" in lines and "1 samples hold" in lines
 
 
+# several DDIM steps ahead ---------------------------------------------------------------------------------------------
+
+
+def chain_of_ddim(i, through, pairs, x, clip):
+    """x^_0, unclipped, at the last of `through` steps of a DDIM that re-derives eps; from Song et al., Eq. 12."""
+    for t, t_prev in pairs[i : i + through]:
+        s, root = math.sqrt(1 - ABAR[t]), math.sqrt(ABAR[t])
+        image = (x - s * curved(x, None)) / root
+        shown = image.clamp(-1, 1) if clip else image
+        after = ABAR[t_prev] if t_prev >= 0 else 1.0
+        x = math.sqrt(after) * shown + math.sqrt(1 - after) * (x - root * shown) / s
+    return image
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("through", [1, 3, 100])
+def test_gradient_through_several_steps_by_finite_differences(through, clip):
+    """J = |x^_0 of the chain from x_t + delta - x^_0 of the chain from x_t|^2; one step: the J of x0."""
+    options = DDIM | dict(clip=clip, rederive=True)
+    on_step, pairs = hook(curved, "ddim", options, objective="x0", through=through)
+    for i in (0, 9, 18, 19):
+        x_t, start, way = (draw(3, *SHAPE, seed=seed) for seed in (1, 2, 3))
+        start = 0.1 * start
+
+        def J(delta, i=i, x_t=x_t):
+            gap = chain_of_ddim(i, through, pairs, x_t + delta, clip) - chain_of_ddim(
+                i, through, pairs, x_t, clip
+            )
+            return gap.square().flatten(1).sum(1)
+
+        gap = on_step.gap_at(i, x_t)
+        torch.testing.assert_close(sampler_attack.value(gap, start), J(start))
+        if through == 1:
+            torch.testing.assert_close(J(start), values_of_J("x0", *pairs[i], x_t, x_t + start))
+        slope = (sampler_attack.gradient(gap, start) * way).flatten(1).sum(1)
+        h = 1e-6
+        difference = (J(start + h * way) - J(start - h * way)) / (2 * h)
+        torch.testing.assert_close(slope, difference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_through_all_steps_is_the_samplers_own_end(clip):
+    options = DDIM | dict(clip=clip, rederive=True)
+    on_step, _ = hook(curved, "ddim", options, objective="x0", through=20)
+    x_T = draw(3, *SHAPE)
+    end = on_step.x0_ahead(0, x_T)
+    sampled = samplers.ddim_sample(curved, SCHEDULE, x_T, **options)
+    torch.testing.assert_close(end.clamp(-1, 1) if clip else end, sampled)
+
+
+@pytest.mark.parametrize("through", [1, 4, 16])
+def test_activations_of_one_call_are_kept_at_a_time(through):
+    """And each call of the chain is made twice for a gradient: the network is called again instead of kept."""
+    W, calls, most, kept = draw(12, 30) / 6, [0], [0], []
+
+    def model(x, t):
+        calls[0] += 1
+        hidden = torch.tanh(x.flatten(1) @ W)  # tanh keeps its result for the backward
+        kept.append(weakref.ref(hidden))
+        most[0] = max(most[0], sum(ref() is not None for ref in kept))
+        return (hidden @ W.T).view_as(x)
+
+    on_step, _ = hook(model, "ddim", DDIM, objective="x0", through=through)
+    x_t = draw(3, *SHAPE)
+    delta = on_step(0, on_step.pairs[0][0], x_t) - x_t
+    assert delta.abs().min() > 0
+    assert calls[0] == (2 if through == 1 else 3 * through)
+    assert most[0] <= 2 and not any(ref() is not None for ref in kept)
+
+
+@pytest.mark.parametrize("iters", [1, 3])
+def test_of_several_starts_the_best_is_taken(iters):
+    """J = |M delta|^2 of a linear network: the largest of those of each start alone; 1 + R (iters + 1) calls."""
+    calls = []
+
+    def model(x, t):
+        calls.append(1)
+        return linear(x, t)
+
+    x_t, chosen = draw(3, *SHAPE), []
+    on_step, pairs = hook(model, iters=iters, restarts=4)
+    for i in (2, 11):
+        M, _, beta = closed_form("ddpm", DDPM, *pairs[i])
+        r, values, deltas = math.sqrt(beta), [], []
+        for j in (0, 2, 3, 4):
+            delta = r * noise(i, j).flatten(1)
+            if iters == 1:
+                delta = r * torch.sign(delta @ M.T @ M)
+            else:
+                delta = delta.clamp(-r, r)
+                for _ in range(iters):
+                    step = 2 * r / iters * torch.sign(delta @ M.T @ M)
+                    delta = (delta + step).clamp(-r, r)
+            deltas.append(delta)
+            values.append((delta @ M.T).square().sum(1))
+        best = torch.stack(values).argmax(0)
+        calls.clear()
+        ours = (on_step(i, pairs[i][0], x_t) - x_t).flatten(1)
+        assert len(calls) == 1 + 4 * (iters + 1)
+        expected = torch.stack([deltas[k][row] for row, k in enumerate(best)])
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+        chosen += best.tolist()
+    assert len(set(chosen)) > 1
+
+
+@pytest.mark.parametrize(
+    "through, objective, sampler, eta, message",
+    [(0, "x0", "ddim", 0.0, "at least 1"), (2, "mean", "ddim", 0.0, "not of mean"),
+     (2, "x0", "ddim", 0.5, "without noise"), (2, "x0", "ddpm", 0.0, "without noise")],
+)  # fmt: skip
+def test_through_is_refused(through, objective, sampler, eta, message):
+    options = DDPM if sampler == "ddpm" else DDIM | dict(eta=eta)
+    with pytest.raises(ValueError, match=message):
+        hook(curved, sampler, options, objective=objective, through=through)
+
+
 # the command ---------------------------------------------------------------------------------------------------------
 
 
@@ -363,6 +479,40 @@ def ckpts(tmp_path_factory):
     return paths
 
 
+def test_every_combination_is_an_attack():
+    lists = dict(objective=["x0"], attack_iters=[1, 5], restarts=[1, 3], through=[2])
+    found = attack.attacks(argparse.Namespace(**lists))
+    assert [(d["iters"], d["restarts"]) for d in found] == [(1, 1), (1, 3), (5, 1), (5, 3)]
+    words = [attack.describe(d) for d in found]
+    assert words[0] == "J: x0, 2 steps ahead" and words[3].startswith("J: x0, 5 steps, 3 starts")
+    assert len(set(words)) == 4
+
+
+def test_figures_hold_every_attack(tmp_path):
+    """The RMS of each attack at each share, with its interval, in the panel of that attack."""
+    axes = attack.plt.figure().subplots()
+    ds = [dict(share=0, kind="none", change_rms=0.0, change_95=(0.0, 0.0))]
+    settings = [dict(objective=name, iters=1) for name in ("x0", "mean")]
+    for share in (0.5, 1.0):
+        for k, d in enumerate(settings):
+            value = share + k
+            row = dict(
+                share=share,
+                kind="adversarial",
+                change_rms=value,
+                change_95=(value - 0.1, value + 0.2),
+            )
+            ds.append(row | d)
+        ds.append(dict(share=share, kind="random", change_rms=3.0, change_95=(3.0, 3.0)))
+    attack.plot_lines(axes, ds, "change_rms", settings[1], "black", "net")
+    of_attack, control = axes.containers
+    assert of_attack.lines[0].get_xydata().tolist() == [[0, 0], [50, 1.5], [100, 2.0]]
+    bars = [segment[:, 1].tolist() for segment in of_attack.lines[2][0].get_segments()]
+    np.testing.assert_allclose(bars, [[0, 0], [1.4, 1.7], [1.9, 2.2]])
+    assert control.lines[0].get_xydata().tolist() == [[0, 0], [50, 3], [100, 3]]
+    attack.plt.close()
+
+
 def test_command(ckpts, tmp_path, capsys, monkeypatch):
     drawn = []
     monkeypatch.setattr(attack.metrics, "noise_level", lambda x: drawn.append(x) or torch.zeros(1))
@@ -378,6 +528,9 @@ def test_command(ckpts, tmp_path, capsys, monkeypatch):
             2,
             "--attacked",
             0.5,
+            "--objective",
+            "x0",
+            "mean",
             "--out",
             tmp_path,
         )
@@ -392,12 +545,17 @@ def test_command(ckpts, tmp_path, capsys, monkeypatch):
     assert [(r["share"], r["kind"], r["attacked_steps"]) for r in rows] == [
         (0, "none", 0),
         (0.5, "adversarial", 1),
+        (0.5, "adversarial", 1),
         (0.5, "random", 1),
     ]
+    assert [r.get("objective") for r in rows] == [None, "x0", "mean", None]
+    for r in rows:
+        low, high = r["change_95"]
+        assert low <= r["change_rms"] * (1 + 1e-9) and r["change_rms"] <= high * (1 + 1e-9)
     assert rows[0]["change_rms"] == 0 and min(r["change_rms"] for r in rows[1:]) > 1e-3
     assert (
         record["violated"]
-        == len(rows[1]["checks"]["violated"])
+        == sum(len(r["checks"]["violated"]) for r in rows[1:3])
         == capsys.readouterr().err.count("CHECK VIOLATED")
     )
     # share 0 is sample.py's sample, bit for bit
@@ -422,6 +580,11 @@ def test_command(ckpts, tmp_path, capsys, monkeypatch):
         (("--phi", 0), "--phi 0"),
         (("--attack-factor", 0.5), "--attack-factor 0.5"),
         (("--attack-iters", 0), "--attack-iters 0"),
+        (("--attack-iters", 2, 2), "2 is given twice"),
+        (("--restarts", 0), "--restarts 0"),
+        (("--through", 3), "not of ldm"),
+        (("--through", 3, "--objective", "x0"), "--through 3: needs steps without noise"),
+        (("--through", 3, "--sampler", "ddim", "--objective", "x0", "eps"), "not of eps"),
         (("--steps", 0), "--steps 0"),
         (("--objective", "l2"), "--objective"),
         (("--n", 1, "--fid"), "--n 1"),

@@ -94,12 +94,11 @@ def test_an_attack_compiles_no_graph_for_a_short_batch(counting):
         amp="fp32",
         scale="std",
         phi=1.0,
-        attack_iters=1,
         attack_factor=2.0,
-        objective="x0",
         batch_size=3,
     )
-    runs, net, graphs = [(0.0, "none"), (1.0, "adversarial"), (1.0, "random")], network(), {}
+    runs = [(0.0, "none", {}), (1.0, "adversarial", {}), (1.0, "random", {})]
+    net, graphs = network(), {}
     for n in (3, 4):
         args.n = n
         torch._dynamo.reset()
@@ -265,10 +264,18 @@ def test_purification_never_waits_for_the_gpu(sampler, monkeypatch):
     assert copies.seen == [] and {v.device.type for v in row.values()} == {"meta"}
 
 
-@pytest.mark.parametrize("kind", ["adversarial", "random"])
-def test_the_attacked_step_copies_nothing_to_the_gpu(kind):
+@pytest.mark.parametrize(
+    "sampler, settings",
+    [
+        ("ddpm", dict(kind="random")),
+        ("ddpm", dict(iters=2, restarts=2)),
+        ("ddim", dict(objective="x0", through=2)),
+    ],
+)
+def test_the_attacked_step_copies_nothing_to_the_gpu(sampler, settings):
     net, _, schedule, x, index = elsewhere()
-    on_step = attack.Attack(net, schedule, "ddpm", DDPM, index, 0, kind=kind, iters=2)
+    options = DDPM if sampler == "ddpm" else dict(steps=2, eta=0.0, clip=True, rederive=True)
+    on_step = attack.Attack(net, schedule, sampler, options, index, 0, **settings)
     with Copies() as copies:
         for i, (t, _) in enumerate(on_step.pairs):
             on_step(i, t, x)

@@ -436,3 +436,19 @@ def test_clopper_pearson():
 
         assert low == 0 if k == 0 else tail(low, range(k, n + 1)) == pytest.approx(0.025, rel=1e-6)
         assert high == 1 if k == n else tail(high, range(k + 1)) == pytest.approx(0.025, rel=1e-6)
+
+
+def test_rms_interval():
+    """Against the normal law of the mean of squares, for n large; covers the true RMS in 95 % of samples of 60."""
+    rng = np.random.default_rng(0)
+    squares = rng.gamma(3.0, 0.5, size=20_000)  # mean 1.5, variance .75
+    half = 1.96 * np.sqrt(0.75 / 20_000) / (2 * np.sqrt(1.5))
+    ends = np.sqrt(squares.mean()) + np.array([-half, half])
+    np.testing.assert_allclose(metrics.rms_interval(squares), ends, rtol=0, atol=0.15 * half)
+    covered = 0
+    for _ in range(200):
+        low, high = metrics.rms_interval(rng.gamma(3.0, 0.5, size=60), resamples=300)
+        covered += low < np.sqrt(1.5) < high
+    assert 0.89 <= covered / 200 <= 0.99
+    assert metrics.rms_interval([0.25]) == (0.5, 0.5)
+    assert metrics.rms_interval(squares) == metrics.rms_interval(squares)
