@@ -66,10 +66,12 @@ class Attackable(nn.Module):
         return torch.cdist(x, self.clean, compute_mode=exact).argmin(1)
 
     def note(self, rows, grad):
-        grad = grad.flatten(1)
+        """Counts -> the same gradient, contiguous: libraries view it as vectors."""
+        flat = grad.flatten(1)
         self.asked.index_add_(0, rows, torch.ones_like(self.asked[rows]))
-        self.zero.index_add_(0, rows, (grad == 0).all(1).float())
-        self.nonfinite.index_add_(0, rows, (~grad.isfinite()).any(1).float())
+        self.zero.index_add_(0, rows, (flat == 0).all(1).float())
+        self.nonfinite.index_add_(0, rows, (~flat.isfinite()).any(1).float())
+        return grad.contiguous()
 
 
 def package():
@@ -105,7 +107,7 @@ def apgd(victim, x, y, loss, norm, eot, steps, start):
         return single_run(x, y, x_init=x + radius * way)
 
     attack.attack_single_run = from_start
-    return attack.perturb(x, y).to(x.dtype)
+    return attack.perturb(x.contiguous(), y).to(x.dtype)
 
 
 def autoattack_rand(

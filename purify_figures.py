@@ -263,8 +263,8 @@ def plot_landscape(found, sampler, styles, path):
             top.plot(*zip(*way), "o-", markersize=3, color=colour, label=label)
         top.set(title=f"{styles[name][1]}, {sampler}")
         top.set(xlabel="share of the DW attack", ylabel="share of what White-box adds")
-        highest = max(max(map(max, way["loss"])) for way in ways.values())
-        scale = dict(vmin=0, vmax=highest, cmap="viridis", s=14, zorder=3)
+        losses = np.array([way["loss"] for way in ways.values()])
+        scale = dict(vmin=losses.min(), vmax=losses.max(), cmap="viridis", s=14, zorder=3)
         for (label, way), colour in zip(ways.items(), COLOURS):
             for i, (at, loss) in enumerate(zip(way["at"], way["loss"])):
                 below.plot(*zip(*at), color=colour, lw=1, label=label if i == 0 else None)

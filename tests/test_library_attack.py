@@ -199,10 +199,11 @@ def test_a_candidate_must_lower_the_accuracy_over_fresh_passes(monkeypatch):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_apgd_of_the_package_starts_at_each_images_own_point(norm):
-    """The result of an image is that of a batch of it alone, whatever the library's generator does."""
+    """The result of an image is that of a batch of it alone, whatever the library's generator does;
+    also of images in channels_last, as purify.py's are, which the package cannot view."""
     pytest.importorskip("pyautoattack")
     net = purifier(model=Eps().float(), classifier=five_classes())
-    x, index = images().float(), INDEX
+    x, index = images().float().to(memory_format=torch.channels_last), INDEX
     y = net(x, image_draws(0, index)).argmax(1)
     together, _ = autoattack_rand(net, x, y, index, 0, "both", norm, 1, 3, evaluations=1)
     for i in range(3):
