@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import time
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +26,8 @@ NAMES = "cifar10 | cifar100 | celeba | lsun-bedroom | folder:PATH | synthetic | 
 NATIVE_SIZE = {"cifar10": 32, "cifar100": 32, "celeba": 64, "lsun-bedroom": 64, "synthetic": 32}
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 UNREADABLE = (
-    UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError
+    UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError,
+    UserWarning,
 )  # fmt: skip
 
 
@@ -225,7 +227,8 @@ def _decode(source, key, size, path):
             image = _fit(image, side)
         images[i] = np.asarray(image)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.filterwarnings("error", "Truncated|Tag data larger", UserWarning)  # Pillow's
         for first in tqdm(range(0, n, 1024), desc=f"decode {key}", unit="kimg", leave=False):
             list(pool.map(decode, range(first, min(first + 1024, n))))
     images.flush()

@@ -720,7 +720,7 @@ def test_command_refuses_bad_input(capsys, files, tmp_path):
     assert "--amp fp16" in refuse("--amp", "fp16")
     assert "--nfe 101" in refuse("--nfe", 101)
     assert "--t-star 1000" in refuse("--t-star", 1000)
-    assert "--figures 2" in refuse("--figures", 2, "--purifier", "none")
+    assert "--figures" in refuse("--figures", 2, "--purifier", "none")
     assert "two checkpoints lie in a folder a" in refuse(
         "--ckpt", files / "a/ckpt.pt", files / "a/ckpt.pt"
     )
