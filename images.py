@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import time
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +30,8 @@ NATIVE_SIZE = dict(cifar10=32, cifar100=32, celeba=64, synthetic=32)
 NATIVE_SIZE |= {"lsun-bedroom": 64, "tiny-imagenet": 64}
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 UNREADABLE = (
-    UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError
+    UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError,
+    UserWarning,
 )  # fmt: skip
 
 
@@ -267,7 +269,8 @@ def _decode(source, key, size, path):
             image = _fit(image, side)
         images[i] = np.asarray(image)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.filterwarnings("error", "Truncated|Tag data larger", UserWarning)  # Pillow's
         for first in tqdm(range(0, n, 1024), desc=f"decode {key}", unit="kimg", leave=False):
             list(pool.map(decode, range(first, min(first + 1024, n))))
     images.flush()

@@ -248,7 +248,7 @@ class UNet(nn.Module):
     def refuse_size(self, height, width):
         if height % self.factor or width % self.factor:
             raise ValueError(
-                f"image size {height}x{width} does not divide by {self.factor}, as this network needs"
+                f"--image-size {height}x{width} does not divide by {self.factor}, as this network needs"
             )
 
     def forward(self, x, t):
