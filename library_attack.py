@@ -19,6 +19,7 @@ from purify_attack import NORMS, UNSEEN, correct, judging_draws, loss_of, noises
 from rng import image_noise, image_uniform
 
 STARTS = 3 * UNSEEN  # the draws of the random starts
+CALLS = 2**18  # reserved for one attack, so that its draws do not depend on the batch
 
 
 class Attackable(nn.Module):
@@ -107,7 +108,7 @@ def apgd(victim, x, y, loss, norm, eot, steps, start):
         return single_run(x, y, x_init=x + radius * way)
 
     attack.attack_single_run = from_start
-    return attack.perturb(x.contiguous(), y).to(x.dtype)
+    return attack.perturb(x.contiguous(), y).detach().to(x.dtype)
 
 
 def autoattack_rand(
@@ -143,6 +144,7 @@ def autoattack_rand(
             break
         candidate = x.clone()
         start = STARTS + number
+        victim.calls = (number - 1) * CALLS
         candidate[rows] = apgd(victim, x[rows], y[rows], loss, norm, eot, steps, start)
         if loss == "ce":  # that of DLR is 0 wherever the label comes third
             zero = (victim.zero / victim.asked.clamp_min(1)).double()
@@ -166,7 +168,7 @@ def checks(victim, x, x_adv, y, norm, eot_batch):
     radius = NORMS[norm][0]
     size = (x_adv - x).flatten(1).norm(dim=1, p=float("inf") if norm == "linf" else 2)
     beyond = (x_adv - 0.5).abs().flatten(1).amax(1) > 0.5 + 1e-6
-    draws = noises(victim.knowledge, victim.seed, victim.index, victim.calls, 1)  # not used yet
+    draws = noises(victim.knowledge, victim.seed, victim.index, 2 * CALLS, 1)  # not used yet
     start = over_draws(loss_of, victim.net, x, y, draws, eot_batch)
     end = over_draws(loss_of, victim.net, x_adv, y, draws, eot_batch)
     return dict(
