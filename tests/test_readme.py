@@ -66,6 +66,7 @@ SMALLEST = {  # what is added to a script's commands in the README: the last of 
     "--channels 32 --n-train 16 --n-eval 4 --methods none adv --device cpu",
     "reproduce.py first": "--device cpu",
     "reproduce.py full": "--device cpu --memorization-features pixels",
+    "reproduce.py purify": "--device cpu",
     "rivals.py": "--device cpu",
     "bench.py": "--what sampling --model mini --image-size 8 --batch-size 1 --seconds-per 0.001 "
     "--repeats 1 --device cpu",
