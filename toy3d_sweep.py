@@ -15,8 +15,9 @@ import torch
 from tqdm import tqdm
 
 import toy3d_data as toy
-from runtime import METHOD_STYLE, cli
-from toy3d import add_arguments, grid, jobs_of, run, sample, save, train
+from runtime import cli
+from toy3d import add_arguments, jobs_of, run, sample, train
+from toy3d_figures import STYLE, grid, save
 
 KNOBS = {
     "lam": ("$\\lambda$", [0.03, 0.1, 0.3, 1, 3]),
@@ -37,12 +38,13 @@ BY_T = {
     r" $\sqrt{1-\bar\alpha_t}\,\|\partial\epsilon/\partial x_t\|_2$",
     "gain_x0_by_t": r"gain of $\hat x_0$: $\|\partial\hat x_0/\partial x_t\|_F/\sqrt{3}$",
 }
-MARKERS = {"none": "o", "ran": "s", "adv": "^", "inv-ran": "s", "inv-adv": "^", "truth": ""}
+MARKERS = {"none": "o", "ran": "s", "adv": "^", "inv-ran": "s", "inv-adv": "^", "late-ran": "s"}
+MARKERS |= {"late-adv": "^", "truth": ""}
 
 
 def style(method):
     """Of a curve: invariance is dashed, the truth dotted."""
-    colour, label = METHOD_STYLE.get(method, ("0.6", method))
+    colour, label = STYLE.get(method, ("0.6", method))
     dash = {"inv-ran": "--", "inv-adv": "--", "truth": ":"}.get(method, "-")
     return dict(color=colour, label=label, ls=dash, marker=MARKERS[method], ms=4)
 
