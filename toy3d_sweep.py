@@ -82,10 +82,12 @@ def sweep(args, out, schedule):
 def measured(method, change, jobs, args, schedule, plain=None):
     """Train and sample with the settings `change` -> {set: numbers over the seeds}."""
     changed = argparse.Namespace(**(vars(args) | change))
-    x, _, _ = sample(train(method, jobs, changed, schedule, plain), jobs, args, schedule)
+    model = train(method, jobs, changed, schedule, plain)
+    x, diverged, _ = sample(model, jobs, args, schedule)
     runs = {name: [] for name in args.sets}
-    for (name, _, seed), x_j in zip(jobs, x):
-        runs[name].append(toy.measure(name, x_j, seed))
+    for (name, _, seed), x_j, lost in zip(jobs, x, diverged):
+        share = lost.double().mean().item()
+        runs[name].append(dict(toy.measure(name, x_j, seed), diverged=share))
     return {name: toy.over_seeds(numbers) for name, numbers in runs.items()}
 
 
