@@ -41,7 +41,7 @@ METHODS = {
     "inv-adv": ("adv", "invariance"),
 }
 OCTAVES = [1.0, 2.0, 4.0, 8.0]  # of the sines and cosines of x_t: see MLP
-SIZES = [59, 96, 96, 96, 3]  # of the networks' layers: x_t, its 24 waves, 32 of t -> eps
+SIZES = [59, 64, 64, 64, 3]  # of the networks' layers: x_t, its 24 waves, 32 of t -> eps
 BATCH = 128
 LR = 4e-3  # Adam's; falls to 0 as a cosine
 DIVERGED = 10.0  # a path that leaves this cube, in standardised units, has diverged
@@ -231,9 +231,12 @@ def figures(args, out, schedule, jobs, models, samples):
 
 
 def line_of(key, numbers):
-    """One line of a result for the terminal, means over the seeds."""
-    names = ("off_support", "distance_mean", "sliced_w2", "spread", "diverged")
-    return f"{key:<30}  " + "  ".join(f"{name} {numbers[name]['mean']:.3f}" for name in names)
+    """One line of a result for the terminal: mean and standard deviation over the seeds."""
+    line = f"{key:<30}"
+    for name in ("off_support", "sliced_w2", "spread", "smallest_weight", "diverged"):
+        std = numbers[name]["std"]
+        line += f"  {name} {numbers[name]['mean']:.3f}" + ("" if std is None else f" ± {std:.3f}")
+    return line
 
 
 # --------------------------------------------------------------------------------------------------
