@@ -13,7 +13,7 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 import toy3d
 import toy3d_data
 import toy3d_sweep
-from losses import NoiseSchedule, ddpm_loss, robust_loss
+from losses import NoiseSchedule, ddpm_loss, perturbation_radius, regulariser_weight, robust_loss
 
 SETS = list(toy3d_data.CENTRES)
 SCHEDULE = NoiseSchedule()
@@ -207,6 +207,35 @@ def test_ideal_network_has_no_error_and_samples_the_set():
             np.abs(np.array(numbers["mode_weights"]) * len(numbers["mode_weights"]) - 1).max() < 0.2
         )
     assert not diverged.any()
+
+
+@pytest.mark.parametrize(
+    "name, truth, robust", [("3-gaussians", 0.841, 0.051), ("oblique-plane", 0.919, 0.133)]
+)
+def test_exact_minimiser_of_eq10_collapses_a_thin_set(name, truth, robust):
+    """NOTES.md: eps* = k x_t for N(0, v); v is that of a mode, or across the plane. Standard deviation of the
+    samples over the true one, with lambda = 0 and 0.3: those of RESULTS.md."""
+    v = (toy3d_data.SIGMA / toy3d_data.standard(name)[1]) ** 2
+    args = argparse.Namespace(
+        seed=0, n=3000, sample_steps=500, variance="fixed-small", device="cpu"
+    )
+    beta = torch.linspace(0.5, 2, 101).double()
+
+    def minimiser(lam):
+        def eps(x_t, t):
+            ts = t[:1].expand(len(beta))
+            radius = perturbation_radius(SCHEDULE, ts, beta)
+            c = (regulariser_weight(SCHEDULE, ts, beta, lam) * radius.square() / 3).mean()
+            abar = SCHEDULE.alphas_bar[t[0]]
+            s2 = 1 - abar
+            return (s2.sqrt() * (1 + c) / (abar * v + s2 * (1 + c))).float() * x_t
+
+        return eps
+
+    for lam, expected in ((0.0, truth), (0.3, robust)):
+        x, _, _ = toy3d.sample(minimiser(lam), [(name, "clean", 0)], args, SCHEDULE)
+        x = toy3d_data.to_standard(name, x[0])
+        assert x.std().item() / v**0.5 == pytest.approx(expected, rel=0.03)
 
 
 BAD = [
