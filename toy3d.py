@@ -4,9 +4,9 @@ A fifth of the training points is noise; invariance instead of equivariance adds
 variety: the samples lie closer to the middle of their mode. RESULTS.md has the numbers. Density and
 score are known in closed form (toy3d_data.py); the losses are losses.py's, unchanged.
 
-    python toy3d.py                             # outliers, five methods, one seed: 2 minutes
-    python toy3d.py --full --out results/toy3d  # + clean and inliers, three seeds: 30 minutes
-    python toy3d.py --noises inliers --share 0.5 --methods none,adv
+    python toy3d.py           # outliers, seven methods, one seed, 3,000 steps: 2 minutes
+    python toy3d.py --full    # + clean and inliers, three seeds, 10,000 steps: half an hour
+    python toy3d.py --noises inliers --share 0.5 --methods none,late-adv
 
 Leaves in --out, as PNG and PDF: fig2a (samples), fig2b (score fields), fig2c (the ray), fig5 (the
 flow); samples.npz with arrays set/noise/method, (n, 3) in data units, of the first seed; and
