@@ -4,9 +4,9 @@ A fifth of the training points is noise; invariance instead of equivariance adds
 variety: the samples lie closer to the middle of their mode. RESULTS.md has the numbers. Density and
 score are known in closed form (toy3d_data.py); the losses are losses.py's, unchanged.
 
-    python toy3d.py                             # outliers, five methods, one seed: 2 minutes
-    python toy3d.py --full --out results/toy3d  # + clean and inliers, three seeds: 30 minutes
-    python toy3d.py --noises inliers --share 0.5 --methods none,adv
+    python toy3d.py           # outliers, seven methods, one seed, 3,000 steps: 2 minutes
+    python toy3d.py --full    # + clean and inliers, three seeds, 10,000 steps: half an hour
+    python toy3d.py --noises inliers --share 0.5 --methods none,late-adv
 
 Leaves in --out, as PNG and PDF: fig2a (samples), fig2b (score fields), fig2c (the ray), fig5 (the
 flow); samples.npz with arrays set/noise/method, (n, 3) in data units, of the first seed; and
@@ -14,6 +14,7 @@ metrics.json. lambda, omega, gamma, and the networks at each t: toy3d_sweep.py.
 """
 
 import argparse
+import copy
 import math
 import time
 
@@ -25,20 +26,23 @@ from tqdm import tqdm
 
 import outputs
 import toy3d_data as toy
-from losses import NoiseSchedule, ddpm_loss, perturbation_radius, robust_loss
-from outputs import matplotlib, plt
-from runtime import METHOD_STYLE, between, cli, idle_flags, setup, write_metrics
+from losses import NoiseSchedule, ddpm_loss, robust_loss
+from runtime import between, cli, idle_flags, setup, write_metrics
 from samplers import ddim_sample, ddpm_sample
+from toy3d_figures import figure_2a, figure_2b, figure_2c, figure_5
 
 METHODS = {
     "none": None,
     "ran": ("ran", "equivariance"),
     "adv": ("adv", "equivariance"),
+    "late-ran": ("ran", "equivariance"),  # late: with --reg-last and --reg-share; the others always
+    "late-adv": ("adv", "equivariance"),
     "inv-ran": ("ran", "invariance"),
     "inv-adv": ("adv", "invariance"),
 }
-SIZES = [35, 128, 128, 128, 3]  # of the networks' layers: x_t and 16 sines and cosines of t -> eps
-BATCH = 256
+OCTAVES = [1.0, 2.0, 4.0, 8.0]  # of the sines and cosines of x_t: see MLP
+SIZES = [59, 64, 64, 64, 3]  # of the networks' layers: x_t, its 24 waves, 32 of t -> eps
+BATCH = 128
 LR = 4e-3  # Adam's; falls to 0 as a cosine
 DIVERGED = 10.0  # a path that leaves this cube, in standardised units, has diverged
 
@@ -50,7 +54,9 @@ DIVERGED = 10.0  # a path that leaves this cube, in standardised units, has dive
 class MLP(nn.Module):
     """M independent networks (x_t, t) -> eps, which losses.py sees as one model.
 
-    Row i of a batch belongs to network i % M, which a torch.cat of batches keeps.
+    Row i of a batch belongs to network i % M, which a torch.cat of batches keeps. A mode is 0.035
+    wide in the units of x_t: from x_t alone the networks do not learn eps at t < 50, whose slope is
+    1 / 0.07 there; from its sines and cosines they do, in a fraction of the steps.
     """
 
     def __init__(self, M):
@@ -61,11 +67,13 @@ class MLP(nn.Module):
         self.bias = nn.ParameterList(torch.zeros(M, 1, o) for _, o in layers)
         frequency = torch.logspace(math.log10(0.5e-3), math.log10(0.2), 16)  # rad per step
         self.register_buffer("frequency", frequency)
+        self.register_buffer("octaves", torch.tensor(OCTAVES))
 
     def forward(self, x_t, t):
-        phase = t[:, None] * self.frequency
+        waves = (x_t[:, :, None] * self.octaves).flatten(1)
+        phase = torch.cat([t[:, None] * self.frequency, waves], 1)
         h = torch.cat([x_t, phase.sin(), phase.cos()], 1)
-        h = h.view(-1, self.M, h.shape[1]).transpose(0, 1)  # (M, n, 35)
+        h = h.view(-1, self.M, h.shape[1]).transpose(0, 1)  # (M, n, 59)
         for i, (weight, bias) in enumerate(zip(self.weight, self.bias)):
             if i > 0:
                 h = F.silu(h)
@@ -79,8 +87,12 @@ def jobs_of(args):
     return [(name, noise, seed) for name in args.sets for noise in args.noises for seed in seeds]
 
 
-def train(method, jobs, args, schedule):
-    """Train one network per job (set, noise, seed) -> MLP. Each job's points are drawn once."""
+def train(method, jobs, args, schedule, plain=None):
+    """Train one network per job (set, noise, seed) -> MLP. Each job's points are drawn once.
+
+    late-*: plain DDPM (Eq. 4) before the last share --reg-last of the steps, then from half the
+    rate. plain: a dict that keeps these first phases, {steps: MLP}, for calls equal but for that.
+    """
     data = []
     for name, noise, seed in jobs:
         generator = torch.Generator().manual_seed(seed)
@@ -90,18 +102,34 @@ def train(method, jobs, args, schedule):
 
     torch.manual_seed(args.seed)
     model = MLP(len(jobs)).to(args.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
-    every = torch.arange(len(jobs), device=args.device)
-    late = args.steps - round(args.reg_last * args.steps)  # plain DDPM before
+    late = round(args.reg_last * args.steps) if method.startswith("late") else args.steps
+    if late == args.steps:
+        fit(model, method, args.steps, LR, data, args, schedule)
+        return model
+    plain = {} if plain is None else plain
+    if args.steps - late not in plain:
+        fit(model, "none", args.steps - late, LR, data, args, schedule)
+        plain[args.steps - late] = model
+    model = copy.deepcopy(plain[args.steps - late])
+    torch.manual_seed(args.seed + 1)
+    fit(model, method, late, LR / 2, data, args, schedule)
+    return model
+
+
+def fit(model, method, steps, lr, data, args, schedule):
+    """Steps of Adam on Eq. 4, or Eq. 10, or Eq. 9, from the rate lr to 0. data (M, points, 3)."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    every = torch.arange(model.M, device=data.device)
     regulariser = dict(lam=args.lam, omega=args.omega, gamma=args.gamma)
-    regulariser["share"] = round(args.reg_share * BATCH) / BATCH
-    for step in tqdm(range(args.steps), desc=method, mininterval=1, leave=False):
-        index = torch.randint(args.points, (BATCH, len(jobs)), device=args.device)
+    if method.startswith("late"):
+        regulariser["share"] = round(args.reg_share * BATCH) / BATCH
+    for _ in tqdm(range(steps), desc=method, mininterval=1, leave=False):
+        index = torch.randint(data.shape[1], (BATCH, model.M), device=data.device)
         x0 = data[every, index].view(-1, 3)
-        t = torch.randint(schedule.T, (len(x0),), device=args.device)
+        t = torch.randint(schedule.T, (len(x0),), device=data.device)
         eps = torch.randn_like(x0)
-        if method == "none" or step < late:
+        if method == "none":
             loss = ddpm_loss(model, schedule, x0, t, eps)
         else:
             loss, _ = robust_loss(model, schedule, x0, t, eps, *METHODS[method], **regulariser)
@@ -110,7 +138,6 @@ def train(method, jobs, args, schedule):
         (loss * model.M).backward()
         optimizer.step()
         cosine.step()
-    return model
 
 
 def sample(model, jobs, args, schedule, ddim=False):
@@ -136,138 +163,10 @@ def sample(model, jobs, args, schedule, ddim=False):
     if ddim:
         x = ddim_sample(model, schedule, x_T, steps=100, clip=False, on_step=record)
     else:
-        x = ddpm_sample(model, schedule, x_T, steps=args.sample_steps, clip=False, on_step=record)
+        options = dict(steps=args.sample_steps, variance=args.variance, clip=False)
+        x = ddpm_sample(model, schedule, x_T, on_step=record, **options)
     record(0, 0, x)
     return to_data(x.nan_to_num(1e4, 1e4, -1e4)), outside.view(-1, len(jobs)).T.cpu(), path
-
-
-# --------------------------------------------------------------------------------------------------
-# figures
-
-LABELS = {name: label for name, (_, label) in METHOD_STYLE.items()}
-BLUE, VERMILION = "#0072B2", "#D55E00"
-SHADES = plt.get_cmap("viridis")(np.linspace(0, 0.92, 256))  # yellow is lost on white
-VIRIDIS = matplotlib.colors.ListedColormap(SHADES)
-
-
-def frame(ax, name, title):
-    """Equal axes around the set and its outliers; title: of the row, in its first panel."""
-    mean, scale = toy.standard(name)
-    cx, cy = toy.project(name, mean)
-    half = (toy.BOX + 1) * scale
-    ax.set(xlim=(cx - half, cx + half), ylim=(cy - half, cy + half), aspect="equal")
-    ax.locator_params(nbins=4)
-    ax.tick_params(labelsize=8, labelleft=title is not None)
-    ax.set_xlabel(toy.AXIS_NAMES[name][0], fontsize=9)
-    if title is not None:
-        ax.set_ylabel(f"{title}\n{toy.AXIS_NAMES[name][1]}", fontsize=9)
-    return cx, cy, half
-
-
-def grid(rows, columns, width, height):
-    size = (width * columns, height * rows + 0.5)
-    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    fig.get_layout_engine().set(h_pad=0.08)
-    return fig, axes
-
-
-def save(fig, out, name):
-    fig.savefig(out / f"{name}.png", dpi=100)
-    fig.set_layout_engine("none")  # keep the layout found
-    fig.savefig(out / f"{name}.pdf", dpi=100)
-    plt.close(fig)
-
-
-def figure_2a(out, rows, methods, samples):
-    """Data and samples of each method. samples: {set/noise/method or "training data": (n, 3)}."""
-    columns = ["training data", *methods]
-    fig, axes = grid(len(rows), len(columns), 1.7, 2.6)
-    for (name, noise), line in zip(rows, axes):
-        for ax, method in zip(line, columns):
-            x = samples[f"{name}/{noise}/{method}"]
-            off = toy.distance(name, x) > toy.SUPPORT
-            for keep, colour in ((off, VERMILION), (~off, BLUE)):
-                points = toy.project(name, x[keep]).T
-                ax.scatter(*points, s=2.5, c=colour, lw=0, alpha=0.7, rasterized=True)
-            frame(ax, name, f"{name}, {noise}" if ax is line[0] else None)
-            title = LABELS.get(method, method)
-            ax.set_title(f"{title}\n{100 * off.double().mean():.1f} % off", fontsize=9)
-    title = f"Vermilion: off the support (farther than {toy.SUPPORT:g} from it). Data units"
-    fig.suptitle(title, fontsize=10)
-    save(fig, out, "fig2a")
-
-
-def figure_2b(out, picked, models, M, schedule, t=100, cells=15):
-    """Score fields: arrows of equal length, magnitude as colour.
-
-    picked: {set: network}; models: {method: M networks side by side}
-    """
-    fig, axes = grid(len(picked), len(models), 3.1, 3.1)
-    s = (1 - schedule.alphas_bar[t]).sqrt().item()
-    for line, (name, j) in zip(axes, picked.items()):
-        for ax, method in zip(line, models):
-            cx, cy, half = frame(ax, name, name if ax is line[0] else None)
-            ax.set_title(LABELS.get(method, method), fontsize=11)
-        points = torch.linspace(-half, half, cells + 2, dtype=torch.float64)[1:-1]
-        uv = torch.cartesian_prod(points, points)  # (cells^2, 2), in the slice through the mean
-        x = (uv @ toy.AXES[name] / toy.standard(name)[1]).float().to(schedule.betas.device)
-        x = x.repeat_interleave(M, 0)
-        ts = torch.full((len(x),), t, device=x.device)
-        with torch.no_grad():  # grad log p_t = -eps / sqrt(1 - abar)
-            scores = [-eps(x, ts)[j::M].double().cpu() / s for eps in models.values()]
-        fields = [toy.project(name, score) for score in scores]
-        sizes = [np.linalg.norm(field, axis=1) for field in fields]
-        norm = matplotlib.colors.LogNorm(*np.percentile(sizes, [2, 98]))
-        style = dict(norm=norm, cmap=VIRIDIS, pivot="mid", width=0.008, headwidth=4)
-        for ax, field, size in zip(line, fields, sizes):
-            u, v = uv.T.numpy()
-            du, dv = (field / np.maximum(size, 1e-9)[:, None]).T
-            arrows = ax.quiver(cx + u, cy + v, du, dv, size, scale=cells * 1.15, **style)
-        fig.colorbar(arrows, ax=line, label=r"$|\nabla \log p_t|$, standardised units", shrink=0.9)
-    fig.suptitle(f"Score field at t = {t} in a slice through the mean. Axes: data units")
-    save(fig, out, "fig2b")
-
-
-def figure_2c(out, schedule, gamma):
-    """The ray sqrt(1 - abar) r(t) of Eq. 7 for several omega beside DDPM's sqrt(1 - abar)."""
-    fig, ax = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
-    t = torch.arange(schedule.T, device=schedule.betas.device)
-    s = (1 - schedule.alphas_bar).sqrt()
-    ax.plot(s.cpu(), "k--", label=r"DDPM: $\sqrt{1-\bar\alpha_t}$")
-    for omega, colour in zip((1, 1.5, 2, 3, 4), VIRIDIS(np.linspace(0, 1, 5))):
-        ray = s * perturbation_radius(schedule, t, 1.0, omega, gamma)
-        ax.plot(ray.cpu(), color=colour, label=rf"$\omega$ = {omega}")
-    ax.set(xlabel="t (steps)", xlim=(0, schedule.T))
-    ax.set_ylabel(r"ray $\sqrt{1-\bar\alpha_t}\,r(t)$, units of $x_t$")
-    ax.set_title(rf"Perturbation ray (Eq. 7), $\gamma$ = {255 * gamma:g}/255, $\beta$ = 1")
-    ax.legend(fontsize=9)
-    ax.grid(alpha=0.3)
-    save(fig, out, "fig2c")
-
-
-def figure_5(out, picked, paths, shown=(990, 300, 100, 0)):
-    """Density (blue) and paths up to t (lines), from noise to data.
-
-    picked: {set: network}; paths: {method: path of sample()}
-    """
-    rows = [(name, j, method) for name, j in picked.items() for method in paths]
-    fig, axes = grid(len(rows), len(shown), 2.4, 2.3)
-    for (name, j, method), line in zip(rows, axes):
-        title = f"{name}, {LABELS[method]}"
-        times = [t for t, _ in paths[method]]
-        planar = np.stack([toy.project(name, x[j]) for _, x in paths[method]])  # (steps, n, 2)
-        for ax, t in zip(line, shown):
-            stop = times.index(t) if t else len(times) - 1
-            cx, cy, half = frame(ax, name, title if ax is line[0] else None)
-            box = [[cx - half, cx + half], [cy - half, cy + half]]
-            style = dict(cmap="Blues", norm=matplotlib.colors.LogNorm(0.3, 100), rasterized=True)
-            ax.hist2d(*planar[stop].T, bins=50, range=box, **style)
-            ax.plot(*planar[: stop + 1, :60].transpose(2, 0, 1), c="k", lw=0.4, alpha=0.5)
-            ax.plot(*planar[stop, :60].T, ".", c=VERMILION, ms=2.5)
-            ax.set_title(f"t = {t}" if t else "data", fontsize=9)
-    title = "The flow from noise to data (DDIM): density in 2-D, and 60 paths. Data units"
-    fig.suptitle(title, fontsize=10)
-    save(fig, out, "fig5")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -277,16 +176,22 @@ def figure_5(out, picked, paths, shown=(990, 300, 100, 0)):
 def experiment(args, out, schedule):
     """Every method on every set, noise and seed -> numbers for metrics.json.
 
-    "truth", the ideal network of the clean set through the same sampler: the best to expect.
+    "data" are the training points themselves; "truth", the ideal network of the clean set through
+    the same sampler: the best to expect.
     """
     jobs = jobs_of(args)
     models = {"truth": toy.true_eps([name for name, _, _ in jobs], schedule)}
     results = {}
     samples = {}
-    for method in ["truth", *args.methods]:
-        if method != "truth":
-            models[method] = train(method, jobs, args, schedule)
-        x, diverged, _ = sample(models[method], jobs, args, schedule)  # (M, n, 3)
+    plain = {}
+    for method in ["data", "truth", *args.methods]:
+        diverged = torch.zeros(len(jobs), 1)
+        if method == "data":
+            x = training_data(jobs, args)
+        else:
+            if method != "truth":
+                models[method] = train(method, jobs, args, schedule, plain)
+            x, diverged, _ = sample(models[method], jobs, args, schedule)  # (M, n, 3)
         for first in range(0, len(jobs), args.seeds):
             runs = []
             for j in range(first, first + args.seeds):
@@ -297,16 +202,21 @@ def experiment(args, out, schedule):
             results[key] = toy.over_seeds(runs)
             samples[key] = x[first]
             print(line_of(key, results[key]), flush=True)
-        arrays = {k: x.float().numpy() for k, x in samples.items() if not k.endswith("/truth")}
+        of_methods = (k for k in samples if k.rsplit("/", 1)[1] in args.methods)
+        arrays = {k: samples[k].float().numpy() for k in of_methods}
         np.savez(out / "samples.npz", **arrays)  # after each: Ctrl-C keeps those before
-    data = {}
-    for name, noise, _ in jobs[:: args.seeds]:
-        generator = torch.Generator().manual_seed(args.seed)
-        x = toy.training_points(name, noise, args.points, args.share, generator)
-        samples[f"{name}/{noise}/training data"] = x
-        data[f"{name}/{noise}"] = toy.measure(name, x, args.seed)
     figures(args, out, schedule, jobs, models, samples)
-    return dict(results=results, training_data=data)
+    return dict(results=results)
+
+
+def training_data(jobs, args):
+    """Up to n of each job's own training points, noise included, in random order -> (M, n, 3)."""
+    found = []
+    for name, noise, seed in jobs:
+        generator = torch.Generator().manual_seed(seed)
+        x = toy.training_points(name, noise, args.points, args.share, generator)
+        found.append(x[torch.randperm(len(x), generator=generator)[: args.n]])
+    return torch.stack(found)
 
 
 def figures(args, out, schedule, jobs, models, samples):
@@ -322,9 +232,12 @@ def figures(args, out, schedule, jobs, models, samples):
 
 
 def line_of(key, numbers):
-    """One line of a result for the terminal, means over the seeds."""
-    names = ("off_support", "distance_mean", "sliced_w2", "spread", "diverged")
-    return f"{key:<30}  " + "  ".join(f"{name} {numbers[name]['mean']:.3f}" for name in names)
+    """One line of a result for the terminal: mean and standard deviation over the seeds."""
+    line = f"{key:<30}"
+    for name in ("off_support", "sliced_w2", "spread", "smallest_weight", "diverged"):
+        std = numbers[name]["std"]
+        line += f"  {name} {numbers[name]['mean']:.3f}" + ("" if std is None else f" ± {std:.3f}")
+    return line
 
 
 # --------------------------------------------------------------------------------------------------
@@ -338,16 +251,17 @@ def add_arguments(parser):
     add("--full", action="store_true", help="all noises, three seeds")
     add("--sets", default=",".join(toy.CENTRES))
     add("--noises", help="of clean,inliers,outliers; default: outliers")
-    add("--methods", default=",".join(METHODS), help="of none,ran,adv,inv-ran,inv-adv")
+    add("--methods", default=",".join(METHODS), help="of " + ",".join(METHODS))
     add("--share", type=between(0, 1), default=0.2, help="share of the training points: noise")
     add("--points", type=between(2, kind=int), default=8000, help="a fixed set per seed")
     add("--lam", type=between(0), default=0.3)
     add("--omega", type=between(1, 100), default=2.0)
     add("--gamma", type=between(0, 100), default=8 / 255)
-    add("--reg-last", type=share, default=1.0, help="regularise in this last share of the steps")
-    add("--reg-share", type=share, default=1.0, help="regularise this share of a batch's rows")
-    add("--steps", type=between(1, kind=int), default=3000, help="training steps")
+    add("--reg-last", type=share, default=0.1, help="late-*: the last share of the steps")
+    add("--reg-share", type=share, default=0.25, help="late-*: the share of a batch's rows")
+    add("--steps", type=between(1, kind=int), help="of training; default 3000, --full 10000")
     add("--sample-steps", type=between(1, 1000, int), default=500, help="of the DDPM sampler")
+    add("--variance", choices=["fixed-small", "fixed-large"], default="fixed-small", help="Eq. 5's")
     add("--n", type=between(2, kind=int), default=2000, help="samples per network")
     add("--seeds", type=between(1, 1000, int), help="networks per method; default 1, --full 3")
     add("--seed", type=between(0, 2**32, int), default=0, help="the first seed")
@@ -358,10 +272,12 @@ def add_arguments(parser):
 def check(args, idle):
     """Fills in and refuses; idle: of idle_flags."""
     idle(args.noises and args.seeds, "full", "with --noises and --seeds")
-    idle(args.methods == "none", "lam omega reg_last reg_share", "with --methods none")
+    idle(args.methods == "none", "lam omega", "with --methods none")
+    idle("late" not in args.methods, "reg_last reg_share", "without late-ran or late-adv")
     idle(args.noises == "clean", "share", "with --noises clean")
     args.noises = args.noises or (",".join(toy.NOISES) if args.full else "outliers")
     args.seeds = args.seeds or (3 if args.full else 1)
+    args.steps = args.steps or (10_000 if args.full else 3000)
     for key, known in (("sets", toy.CENTRES), ("noises", toy.NOISES), ("methods", METHODS)):
         text = getattr(args, key)
         chosen = text.split(",")

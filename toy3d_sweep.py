@@ -1,11 +1,13 @@
 """What each knob does on the toy sets of toy3d.py, and how smooth the networks are at each t.
 
-    python toy3d_sweep.py          # lambda, omega, gamma, share of outliers: 15 minutes on 2 cores
-    python toy3d_sweep.py --by-t   # the networks of toy3d.py against the true score: 2 minutes
+    python toy3d_sweep.py          # lambda, omega, gamma, share of outliers
+    python toy3d_sweep.py --by-t   # the networks of toy3d.py against the true score
+    python toy3d_sweep.py --late --steps 10000  # how late, on how many rows, how strongly
 
 One knob moves at a time, the others stay at their defaults; DDPM moves with the share alone.
-Leaves in --out sweep or by_t, as PNG and PDF, and metrics.json. --by-t measures at x_t of the clean
-sets, trained with outliers unless --noises or --full say otherwise.
+--late: every --reg-last with every --reg-share, and with every lambda at a --reg-share of 1/4.
+Leaves in --out sweep, by_t or late, as PNG and PDF, and metrics.json. --by-t measures at x_t of the
+clean sets, trained with outliers unless --noises or --full say otherwise.
 """
 
 import argparse
@@ -15,8 +17,9 @@ import torch
 from tqdm import tqdm
 
 import toy3d_data as toy
-from runtime import METHOD_STYLE, cli, idle_flags
-from toy3d import add_arguments, grid, jobs_of, run, sample, save, train
+from runtime import cli, idle_flags
+from toy3d import add_arguments, jobs_of, line_of, run, sample, train
+from toy3d_figures import STYLE, VIRIDIS, grid, save
 
 KNOBS = {
     "lam": ("$\\lambda$", [0.03, 0.1, 0.3, 1, 3]),
@@ -24,6 +27,9 @@ KNOBS = {
     "gamma": ("$\\gamma$", [g / 255 for g in (1, 3, 8, 24, 64)]),
     "share": ("share of outliers", [0, 0.1, 0.2, 0.4, 0.6, 0.8]),
 }
+LASTS = [0.05, 0.1, 0.2, 0.4, 1]  # --reg-last of --late
+SHARES = [0.125, 0.25, 0.5, 1]  # --reg-share
+LAMBDAS = [0.1, 0.3, 1]
 TITLES = {
     "off_support": "off support",
     "sliced_w2": "sliced W2",
@@ -37,12 +43,13 @@ BY_T = {
     r" $\sqrt{1-\bar\alpha_t}\,\|\partial\epsilon/\partial x_t\|_2$",
     "gain_x0_by_t": r"gain of $\hat x_0$: $\|\partial\hat x_0/\partial x_t\|_F/\sqrt{3}$",
 }
-MARKERS = {"none": "o", "ran": "s", "adv": "^", "inv-ran": "s", "inv-adv": "^", "truth": ""}
+MARKERS = {"none": "o", "ran": "s", "adv": "^", "inv-ran": "s", "inv-adv": "^", "late-ran": "s"}
+MARKERS |= {"late-adv": "^", "truth": ""}
 
 
 def style(method):
     """Of a curve: invariance is dashed, the truth dotted."""
-    colour, label = METHOD_STYLE.get(method, ("0.6", method))
+    colour, label = STYLE.get(method, ("0.6", method))
     dash = {"inv-ran": "--", "inv-adv": "--", "truth": ":"}.get(method, "-")
     return dict(color=colour, label=label, ls=dash, marker=MARKERS[method], ms=4)
 
@@ -64,23 +71,23 @@ def sweep(args, out, schedule):
                 if value == getattr(args, knob) or (method == "none" and knob != "share"):
                     setting = (method, None, None)
                 if setting not in done:
-                    done[setting] = measured(setting, jobs, args, schedule)
+                    change = {knob: value} if setting[1] else {}
+                    done[setting] = measured(method, change, jobs, args, schedule)
                 for name, numbers in done[setting].items():
                     results[f"{knob}={value:g}/{name}/{method}"] = numbers
     figure_sweep(out, args, results)
     return dict(results=results)
 
 
-def measured(setting, jobs, args, schedule):
-    """Train and sample with one knob changed -> {set: numbers over the seeds}."""
-    method, knob, value = setting
-    changed = argparse.Namespace(**vars(args))
-    if knob:
-        setattr(changed, knob, value)
-    x, _, _ = sample(train(method, jobs, changed, schedule), jobs, args, schedule)
+def measured(method, change, jobs, args, schedule, plain=None):
+    """Train and sample with the settings `change` -> {set: numbers over the seeds}."""
+    changed = argparse.Namespace(**(vars(args) | change))
+    model = train(method, jobs, changed, schedule, plain)
+    x, diverged, _ = sample(model, jobs, args, schedule)
     runs = {name: [] for name in args.sets}
-    for (name, _, seed), x_j in zip(jobs, x):
-        runs[name].append(toy.measure(name, x_j, seed))
+    for (name, _, seed), x_j, lost in zip(jobs, x, diverged):
+        share = lost.double().mean().item()
+        runs[name].append(dict(toy.measure(name, x_j, seed), diverged=share))
     return {name: toy.over_seeds(numbers) for name, numbers in runs.items()}
 
 
@@ -109,6 +116,67 @@ def figure_sweep(out, args, results):
     axes[0, -1].legend(fontsize=8)
     fig.suptitle("One knob at a time, the others at the dotted defaults; trained with outliers")
     save(fig, out, "sweep")
+
+
+# --------------------------------------------------------------------------------------------------
+# the regulariser in the last steps, on some of the rows
+
+
+def late(args, out, schedule):
+    """-> numbers for metrics.json, {"last/share/lam/set/method": ..., "set/none": ...}."""
+    args.noises = ["outliers"]
+    jobs = jobs_of(args)
+    plain = {}
+    results = {}
+    for name, numbers in measured("none", {}, jobs, args, schedule).items():
+        results[f"{name}/none"] = numbers
+        print(line_of(f"{name}/none", numbers), flush=True)
+    cells = [(share, 0.3) for share in SHARES]
+    cells += [(0.25, lam) for lam in LAMBDAS if lam != 0.3]
+    for last in LASTS:
+        for share, lam in tqdm(cells, desc=f"last {last:g}"):
+            for method in ("late-adv", "late-ran"):
+                change = dict(reg_last=last, reg_share=share, lam=lam)
+                found = measured(method, change, jobs, args, schedule, plain)
+                for name, numbers in found.items():
+                    key = f"{last:g}/{share:g}/{lam:g}/{name}/{method}"
+                    results[key] = numbers
+                    print(line_of(key, numbers), flush=True)
+    figure_late(out, args, results)
+    return dict(results=results)
+
+
+def figure_late(out, args, results):
+    """Measures over --reg-last: a line per --reg-share on the left, per lambda on the right."""
+    panels = [(name, key) for name in args.sets for key in ("off_support", "sliced_w2", "spread")]
+    shares = [(f"on {share:g} of the rows", share, 0.3) for share in SHARES]
+    lambdas = [(rf"$\lambda$ = {lam:g}", 0.25, lam) for lam in LAMBDAS]
+    columns = []
+    for lines, title in ((shares, r"$\lambda$ = 0.3"), (lambdas, "on 0.25 of the rows")):
+        columns += [(method, lines, title) for method in ("late-adv", "late-ran")]
+    fig, axes = grid(len(panels), len(columns), 2.7, 1.9)
+    for row, (name, key) in zip(axes, panels):
+        for ax, (method, lines, title) in zip(row, columns):
+            ax.axhline(results[f"{name}/none"][key]["mean"], color="k", ls=":", lw=1, label="DDPM")
+            for k, (label, share, lam) in enumerate(lines):
+                cells = [results[f"{last:g}/{share:g}/{lam:g}/{name}/{method}"] for last in LASTS]
+                means = [cell[key]["mean"] for cell in cells]
+                colour = VIRIDIS(k / (len(lines) - 1))
+                ax.plot(LASTS, means, color=colour, marker="o", ms=3, label=label)
+            ax.set_xscale("log")
+            ax.set_xticks(LASTS, [f"{last:g}" for last in LASTS], fontsize=8)
+            ax.minorticks_off()
+            ax.set_ylim(bottom=0)
+            ax.grid(alpha=0.3)
+            if ax in axes[0]:
+                ax.set_title(f"{STYLE[method][1]}, {title}", fontsize=9)
+        row[0].set_ylabel(f"{name}\n{TITLES[key]}", fontsize=9)
+    for ax in axes[-1]:
+        ax.set_xlabel("regularised share of the steps", fontsize=9)
+    for ax in axes[0, 1::2]:
+        ax.legend(fontsize=7)
+    fig.suptitle("Eq. 10 in the last share of the steps (1: from scratch); trained with outliers")
+    save(fig, out, "late")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -196,12 +264,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add_arguments(parser)
     parser.set_defaults(methods="none,ran,adv", out="out/toy3d_sweep")
-    parser.add_argument("--by-t", action="store_true", help="the networks at each t instead")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--by-t", action="store_true", help="the networks at each t instead")
+    what.add_argument("--late", action="store_true", help="late-adv, late-ran and when instead")
     args = parser.parse_args()
     idle = idle_flags(parser)
     idle(args.by_t, "n sample_steps", "with --by-t")
     idle(not args.by_t, "noises", "without --by-t")
-    run(args, idle, smoothness if args.by_t else sweep)
+    idle(args.late, "methods reg_last reg_share", "with --late, which goes through them")
+    run(args, idle, smoothness if args.by_t else late if args.late else sweep)
 
 
 if __name__ == "__main__":
