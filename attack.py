@@ -162,7 +162,7 @@ def parse():
     args = parser.parse_args()
     idle = runtime.idle_flags(parser)
     idle(not args.fid, f"data {sample.UNSCORED}", "without --fid")
-    idle(args.attack_iters == 1, "attack_factor", "with --attack-iters 1")
+    idle(set(args.attack_iters) == {1}, "attack_factor", "with --attack-iters 1")
     if args.sampler == "heun":
         raise ValueError("--sampler heun: the attack is defined on the steps of ddpm and ddim")
     options = sample.sampler_options(args, args.steps, args.spacing)
