@@ -317,8 +317,10 @@ def table(found, rows):
     lines.append("|---" * 9 + "|")
     for row in rows:
         name = row["checkpoint"] if row["checkpoint"] in TUNED else "ddpm"
-        known = P2.get((name, row["purifier"])) if row["folder"] == "methods" else None
-        theirs = f"{known[0]} / {known[1 + (row['norm'] == 'l2')]}" if known else "-"
+        theirs = "-"
+        if row["folder"] == "methods" and (name, row["purifier"]) in P2:
+            clean, linf, l2 = P2[name, row["purifier"]]
+            theirs = f"{clean} / {l2 if row['norm'] == 'l2' else linf}"
         cells = [", ".join(of_folder[row["folder"]]), row["folder"], row["checkpoint"]]
         cells += [row["purifier"], row["norm"], row["knowledge"]]
         cells += [percent(row, "clean"), percent(row, "robust"), theirs]
@@ -329,7 +331,9 @@ def table(found, rows):
             record = json.loads(done.read_text())
             names = [name for name in record if name.startswith(("FID", "Fréchet"))]
             scores += [f"{done.parent.name}: {name} {record[name]:.4g}" for name in names]
-    return lines + ["", "Table 7: " + "; ".join(scores)] if scores else lines
+    if scores:
+        lines += ["", "Table 7: " + "; ".join(scores)]
+    return lines
 
 
 def parse_args(argv):
@@ -359,10 +363,8 @@ def main(argv):
         outputs.claim(args.out)
     started = time.time()
     found = commands(args)
-    print(
-        "\n".join([*purposes(found), "", *purify_cost.lines_of(found.todo, found.size), ""]),
-        flush=True,
-    )
+    cost = purify_cost.lines_of(found.todo, found.size)
+    print("\n".join([*purposes(found), "", *cost, ""]), flush=True)
     if not run_all(found.todo, args):
         return
     rows = read_rows(found)
