@@ -15,7 +15,16 @@ from torch import nn
 
 import sample
 from losses import like
-from purify_attack import NORMS, UNSEEN, correct, judging_draws, loss_of, noises, over_draws
+from purify_attack import (
+    NORMS,
+    UNSEEN,
+    correct,
+    judging_draws,
+    loss_of,
+    noises,
+    outside,
+    over_draws,
+)
 from rng import image_noise, image_uniform
 
 STARTS = 3 * UNSEEN  # the draws of the random starts
@@ -165,14 +174,11 @@ def autoattack_rand(
 
 def checks(victim, x, x_adv, y, norm, eot_batch):
     """As purify_attack.pgd's; an image that was kept as it is counts as risen."""
-    radius = NORMS[norm][0]
-    size = (x_adv - x).flatten(1).norm(dim=1, p=float("inf") if norm == "linf" else 2)
-    beyond = (x_adv - 0.5).abs().flatten(1).amax(1) > 0.5 + 1e-6
     draws = noises(victim.knowledge, victim.seed, victim.index, 2 * CALLS, 1)  # not used yet
     start = over_draws(loss_of, victim.net, x, y, draws, eot_batch)
     end = over_draws(loss_of, victim.net, x_adv, y, draws, eot_batch)
     return dict(
-        outside=(size > radius * (1 + 1e-4)) | beyond,
+        outside=outside(x, x_adv - x, norm),
         rises=((end > start) | (x_adv == x).flatten(1).all(1)).double(),
         start=start,
         end=end,
