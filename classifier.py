@@ -62,8 +62,8 @@ class WideResNet(nn.Module):
     activations (B, 64 width).
 
     mean and std, by which x is normalised, are part of the weights: CIFAR-10's until `main` has
-    measured the training images, or a checkpoint is loaded. silu, shifted: SiLU in the place of ReLU,
-    and strided convolutions that pad right and below alone, as DeepMind's networks have it.
+    measured the training images, or a checkpoint is loaded. silu, shifted: SiLU in the place of
+    ReLU, and strided convolutions that pad right and below alone, as DeepMind's networks have it.
     """
 
     def __init__(self, depth, width, classes, silu=False, shifted=False):

@@ -113,8 +113,10 @@ def cost_of(argv, model, image, wrn):
 
 
 def lines_of(todo, size):
-    """-> lines: forward passes and FLOP of the commands that are left, by script, and of all. size: of
-    reproduce_purify.SIZES."""
+    """-> lines: forward passes and FLOP of the commands that are left, by script, and of all.
+
+    size: one of reproduce_purify.SIZES.
+    """
     left = {}
     for done, argv in todo:
         if finished(done, argv):

@@ -1,15 +1,14 @@
 """The tables and figures of P2 as one list of commands: `reproduce.py purify`.
 
-    python reproduce.py purify toy --data folder:cifar10/train --test folder:cifar10/test   # a CPU
-    python reproduce.py purify full --data cifar10 --inception-weights PATH         # 8 days of an H100
+    python reproduce.py purify toy --data folder:cifar10/train --test folder:cifar10/test  # a CPU
+    python reproduce.py purify full --data cifar10 --inception-weights PATH  # 8 days of an H100
     python reproduce.py purify full --ddpm ddpm-cifar10-32/ --classifiers torchvision:vgg16:PATH
     python reproduce.py purify full --dry-run      # the commands, what they are for, what they cost
 
 P2 starts from a trained DDPM: --ddpm is one, a checkpoint or diffusers' folder; without it, one is
-trained. --classifiers adds rows to Table 4. Networks and attacks stay in --work; --out gets table.md
-and sweeps.png. Before anything starts the cost of what is left is printed: forward passes, and
-multiplications and additions, a gradient through a purification counted as three passes (forward,
-again, backward).
+trained. --classifiers adds rows to Table 4. Networks and attacks stay in --work; --out gets
+table.md and sweeps.png. Before anything starts the cost of what is left is printed, as
+purify_cost.py counts it. AutoAttack takes `pip install pyautoattack`.
 """
 
 import argparse
@@ -281,7 +280,7 @@ def other_set(found, data):
 
 
 def purposes(found):
-    """-> lines: every table and figure of P2 with the folders of its numbers, or why there are none."""
+    """-> lines: every table and figure of P2 with the folders of its numbers, or why it has none."""
     lines = []
     for kind, last in (("Table", 15), ("Fig.", 9)):
         for i in range(1, last + 1):
