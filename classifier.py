@@ -130,6 +130,16 @@ def load_classifier(path, device="cpu", compiled=False):
     return torch.compile(net, dynamic=False) if compiled or (compiled is None and on_gpu) else net
 
 
+def refuse_labels(network, path, labels, name):
+    """Raises ValueError where --data NAME has a class beyond those of --classifier PATH."""
+    classes = network.config["classes"]
+    most = int(labels.max())
+    if most >= classes:
+        raise ValueError(
+            f"--classifier {path}: knows {classes} classes, but --data {name} has label {most}"
+        )
+
+
 def load_features(path):
     net = load_classifier(path)
     if not isinstance(net, WideResNet):

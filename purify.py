@@ -41,7 +41,7 @@ import outputs
 import purify_figures
 import runtime
 import sample
-from classifier import load_classifier
+from classifier import load_classifier, refuse_labels
 from images import NAMES, load_images, refuse_other_classes
 from losses import NoiseSchedule, like
 from metrics import clopper_pearson
@@ -292,13 +292,8 @@ def load(args, device, world):
         data[size] = first_images(args.data, size, args.n, args.data_root)
     if world > 1 and first_here:
         dist.barrier()
-    most = max(int(y.max()) for _, y in data.values())
-    classes = classifier.config["classes"]
-    if most >= classes:
-        raise ValueError(
-            f"--classifier {args.classifier}: knows {classes} classes, but --data {args.data} has "
-            f"label {most}"
-        )
+    for _, labels in data.values():
+        refuse_labels(classifier, args.classifier, labels, args.data)
     return models, classifier, data
 
 
