@@ -9,8 +9,8 @@
 The claim (P1 §3.4): the attack ruins a DDPM, while Robust_adv bears it on up to half of the steps.
 The attack, its objectives and its checks: sampler_attack.py. Of several --objective,
 --attack-iters, --restarts and --through every combination is an attack of its own, at every share.
-Beside them always stands a control, a random delta = scale_t (+1 or -1): what the size of delta explains
-without its direction (ours).
+Beside them always stands a control, a random delta = scale_t (+1 or -1): what the size of delta
+explains without its direction (ours).
 
 Leaves --out/attack.png, rows.png, table.csv and metrics.json. A violated check is printed on stderr
 and kept in metrics.json; the run goes on. Image i, attacked or not, is a function of --seed and i

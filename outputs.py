@@ -28,7 +28,7 @@ except ImportError:  # not on Windows, where two runs in one folder go unnoticed
 
 
 class Failed(Exception):
-    """Work that failed for no fault of the input: its message is the line to show, its exit code 1."""
+    """Work that failed for no fault of the input: its message is the line to show, exit code 1."""
 
 
 LOCKS = {}  # of this process: folder -> the open file that holds the lock
@@ -248,8 +248,8 @@ def save_sample(images, x, out, png):
     """OUT/samples.npz, grid.png and, if png, images/*.png of a sample.
 
     images (n, S, S, 3) uint8; x: the same as (n, 3, S, S) in [-1, 1]. Written beside the old ones
-    and then moved over them, so that a full disk costs no earlier sample. Of OUT/images only what an
-    earlier call wrote is removed.
+    and then moved over them, so that a full disk costs no earlier sample. Of OUT/images only what
+    an earlier call wrote is removed.
     """
     folder = out / "images"
     new = out / "images.new"

@@ -87,7 +87,8 @@ def run(done, argv, deadline, first=True):
         process.wait()
         if first and argv[0] not in RESUMES:
             raise Failed(
-                f"{argv[0]}: does not fit into --minutes and cannot be continued in pieces; give more"
+                f"{argv[0]}: does not fit into --minutes and cannot be continued in pieces; "
+                "give more"
             ) from None
         return False
     except BaseException:  # Ctrl-C has reached the command as well; SIGTERM has not
@@ -111,8 +112,9 @@ def end_with_parent():
 def run_all(todo, args):
     """Runs what is not done -> whether all is done; --dry-run prints it.
 
-    Raises Failed, exit code 1, when --minutes are over before that, so that `reproduce.py .. && next`
-    does not go on; ValueError before the first command, where the folder of one holds something else.
+    Raises Failed, exit code 1, when --minutes are over before that, so that `reproduce.py .. &&
+    next` does not go on; ValueError before the first command, where the folder of one holds
+    something else.
     """
     if args.dry_run:
         for done, argv in todo:
