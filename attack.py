@@ -7,10 +7,10 @@
     python attack.py --ckpt out/ckpt.pt --sampler ddim --steps 50 --objective x0 --through 1 50
 
 The claim (P1 §3.4): the attack ruins a DDPM, while Robust_adv bears it on up to half of the steps.
-The attack, its objectives and its checks: sampler_attack.py. Of several --objective, --attack-iters,
---restarts and --through every combination is an attack of its own, at every share. Beside them
-always stands a control, a random delta = scale_t (+1 or -1): what the size of delta explains
-without its direction (ours).
+The attack, its objectives and its checks: sampler_attack.py. Of several --objective,
+--attack-iters, --restarts and --through every combination is an attack of its own, at every share.
+Beside them always stands a control, a random delta = scale_t (+1 or -1): what the size of delta
+explains without its direction (ours).
 
 Leaves --out/attack.png, rows.png, table.csv and metrics.json. A violated check is printed on stderr
 and kept in metrics.json; the run goes on. Image i, attacked or not, is a function of --seed and i
@@ -162,7 +162,7 @@ def parse():
     args = parser.parse_args()
     idle = runtime.idle_flags(parser)
     idle(not args.fid, f"data {sample.UNSCORED}", "without --fid")
-    idle(args.attack_iters == 1, "attack_factor", "with --attack-iters 1")
+    idle(set(args.attack_iters) == {1}, "attack_factor", "with --attack-iters 1")
     if args.sampler == "heun":
         raise ValueError("--sampler heun: the attack is defined on the steps of ddpm and ddim")
     options = sample.sampler_options(args, args.steps, args.spacing)

@@ -62,8 +62,8 @@ class WideResNet(nn.Module):
     activations (B, 64 width).
 
     mean and std, by which x is normalised, are part of the weights: CIFAR-10's until `main` has
-    measured the training images, or a checkpoint is loaded. silu, shifted: SiLU in the place of ReLU,
-    and strided convolutions that pad right and below alone, as DeepMind's networks have it.
+    measured the training images, or a checkpoint is loaded. silu, shifted: SiLU in the place of
+    ReLU, and strided convolutions that pad right and below alone, as DeepMind's networks have it.
     """
 
     def __init__(self, depth, width, classes, silu=False, shifted=False):
@@ -128,6 +128,16 @@ def load_classifier(path, device="cpu", compiled=False):
         device, memory_format=torch.channels_last if on_gpu else torch.preserve_format
     )
     return torch.compile(net, dynamic=False) if compiled or (compiled is None and on_gpu) else net
+
+
+def refuse_labels(network, path, labels, name):
+    """Raises ValueError where --data NAME has a class beyond those of --classifier PATH."""
+    classes = network.config["classes"]
+    most = int(labels.max())
+    if most >= classes:
+        raise ValueError(
+            f"--classifier {path}: knows {classes} classes, but --data {name} has label {most}"
+        )
 
 
 def load_features(path):

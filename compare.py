@@ -1,7 +1,7 @@
 """Several checkpoints, numbers of sampling steps and spacing rules: a sample of each, side by side.
 
     python compare.py --ckpt ddpm robust --sampler ddim --steps 100 --n 64     # the figure: minutes
-    python compare.py --ckpt ddpm robust --steps 1000 500 300 100 50 --fid --spacing respaced naive truncated
+    python compare.py --ckpt ddpm robust --steps 1000 500 300 --fid --spacing respaced naive truncated
     torchrun --nproc-per-node 8 -- compare.py --ckpt ddpm robust --steps 1000 300 --n 50000 --fid
 
 The claim (P1 §3.3, "Faster Sampling", Table 1 right): with fewer steps of Eq. 5, Robust_adv degrades

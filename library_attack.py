@@ -1,5 +1,5 @@
-"""Attack libraries on a purified classifier under any knowledge of its noise, and AutoAttack-rand as
-P2 repairs it (App. J).
+"""Attack libraries on a purified classifier under any knowledge of its noise, and AutoAttack-rand
+as P2 repairs it (App. J).
 
     victim = Attackable(net, x, "both", seed=0)  # net: purification.PurifiedClassifier
     x_adv = torchattacks.PGD(victim, eps=8 / 255, alpha=2 / 255, steps=20)(x, y)
@@ -15,7 +15,16 @@ from torch import nn
 
 import sample
 from losses import like
-from purify_attack import NORMS, UNSEEN, correct, judging_draws, loss_of, noises, over_draws
+from purify_attack import (
+    NORMS,
+    UNSEEN,
+    correct,
+    judging_draws,
+    loss_of,
+    noises,
+    outside,
+    over_draws,
+)
 from rng import image_noise, image_uniform
 
 STARTS = 3 * UNSEEN  # the draws of the random starts
@@ -25,13 +34,13 @@ CALLS = 2**18  # reserved for one attack, so that its draws do not depend on the
 class Attackable(nn.Module):
     """x (B, C, H, W) -> logits (B, classes): a purified classifier as an attack library wants it.
 
-    clean (N, C, H, W) in [0, 1]: the images that are attacked; index (N,): their numbers, by default
-    0..N-1. Each row of x gets the noise of the clean image that it is nearest to, whatever the batch;
-    of equal images all get that of the first. An attack that starts from another image, as boundary
-    attacks do, needs a call for each image: with N = 1 all rows are that image.
-    Call k takes the fresh draw k under white and fwd, draw k modulo N under semi-N: EoT-N of a library
-    is then the average over all N.
-    Counts, image by image, what the library asks for: `asked` gradients, `zero` and `nonfinite` ones.
+    clean (n, C, H, W) in [0, 1]: the images that are attacked; index (n,): their numbers, by
+    default 0..n-1. Each row of x gets the noise of the clean image that it is nearest to, whatever
+    the batch; of equal images all get that of the first. An attack that starts from another image,
+    as boundary attacks do, needs a call for each image: with n = 1 all rows are that image.
+    Call k takes the fresh draw k under white and fwd, draw k modulo N under semi-N: EoT-N of a
+    library is then the average over all N.
+    Counts, image by image, what the library asks for: `asked` gradients, `zero`, `nonfinite` ones.
     """
 
     def __init__(self, net, clean, knowledge, seed, index=None):
@@ -118,14 +127,15 @@ def autoattack_rand(
 
     clean      accuracy over `evaluations` passes
     robust     P2's: after each attack the candidate is kept only if its accuracy over as many fresh
-               passes is lower; the accuracy of what is kept. The smallest of noisy shares is too low
+               passes is lower; the accuracy of what is kept. The smallest of noisy shares is a
+               little low
     judged     ours: what is kept, over as many passes that chose nothing
     flags      AutoAttack's own count: right in one pass of the image and in one of each candidate
     unrepaired one fresh pass of what AutoAttack itself returns: the candidate of an image that one
                pass of it misclassified, else the image
 
-    and the checks of purify_attack.pgd. Where the attack knows all the noise there is no fresh pass:
-    the known draws choose and judge. Resets torch's global generator, as the library does.
+    and the checks of purify_attack.pgd. Where the attack knows all the noise there is no fresh
+    pass: the known draws choose and judge. Resets torch's global generator, as the library does.
     """
     choosers, judges = judging_draws(knowledge, evaluations)
     eot = len(noises(knowledge, seed, index, 0, eot))  # under both 1, under semi-N all N
@@ -165,14 +175,11 @@ def autoattack_rand(
 
 def checks(victim, x, x_adv, y, norm, eot_batch):
     """As purify_attack.pgd's; an image that was kept as it is counts as risen."""
-    radius = NORMS[norm][0]
-    size = (x_adv - x).flatten(1).norm(dim=1, p=float("inf") if norm == "linf" else 2)
-    beyond = (x_adv - 0.5).abs().flatten(1).amax(1) > 0.5 + 1e-6
     draws = noises(victim.knowledge, victim.seed, victim.index, 2 * CALLS, 1)  # not used yet
     start = over_draws(loss_of, victim.net, x, y, draws, eot_batch)
     end = over_draws(loss_of, victim.net, x_adv, y, draws, eot_batch)
     return dict(
-        outside=(size > radius * (1 + 1e-4)) | beyond,
+        outside=outside(x, x_adv - x, norm),
         rises=((end > start) | (x_adv == x).flatten(1).all(1)).double(),
         start=start,
         end=end,

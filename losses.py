@@ -353,7 +353,8 @@ def addt_loss(
     """
     if guide not in ("classifier", "mse", "none") or perturb not in ("rbgm", "linf"):
         raise ValueError(
-            f"guide={guide!r}, perturb={perturb!r}: need 'classifier', 'mse' or 'none', and 'rbgm' or 'linf'"
+            f"guide={guide!r}, perturb={perturb!r}: need 'classifier', 'mse' or 'none', and 'rbgm' "
+            "or 'linf'"
         )
     if guide == "classifier" and (y is None or classifier is None):
         raise ValueError("guide='classifier': needs the labels y and a classifier")

@@ -1,5 +1,5 @@
-"""A script's output: a folder with one owner at a time, streams that nobody may be reading, records,
-tables, the colours of figures."""
+"""A script's output: a folder with one owner at a time, streams that nobody may be reading,
+records, tables, samples, the colours of figures."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ except ImportError:  # not on Windows, where two runs in one folder go unnoticed
 
 
 class Failed(Exception):
-    """Work that failed for no fault of the input: its message is the line to show, its exit code 1."""
+    """Work that failed for no fault of the input: its message is the line to show, exit code 1."""
 
 
 LOCKS = {}  # of this process: folder -> the open file that holds the lock
@@ -69,7 +69,7 @@ def claim(out, overwrite=False):
 
 
 def refuse_foreign(out, me):
-    """Raises ValueError for a folder in which the script `me` would write over what is not its own."""
+    """Raises ValueError for a folder where the script `me` would write over what is not its own."""
     owner = owner_of(out)
     if owner not in (None, me):
         raise ValueError(f"--out {out}: holds the output of {owner}; choose another --out")
@@ -245,10 +245,11 @@ def save_grid(x, path):
 
 
 def save_sample(images, x, out, png):
-    """OUT/samples.npz, grid.png and, if png, images/*.png of images (n, S, S, 3) uint8, x in [-1, 1].
+    """OUT/samples.npz, grid.png and, if png, images/*.png of a sample.
 
-    Written beside the old ones and then moved over them, so that a
-    full disk costs no earlier sample. Of OUT/images only what an earlier call wrote is removed.
+    images (n, S, S, 3) uint8; x: the same as (n, 3, S, S) in [-1, 1]. Written beside the old ones
+    and then moved over them, so that a full disk costs no earlier sample. Of OUT/images only what
+    an earlier call wrote is removed.
     """
     folder = out / "images"
     new = out / "images.new"

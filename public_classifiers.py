@@ -1,11 +1,11 @@
-"""Classifiers with public weights, as --classifier takes them: files of tensors, read without running
-what else a pickle may hold.
+"""Classifiers with public weights, as --classifier takes them: files of tensors, read without
+running what else a pickle may hold.
 
-    --classifier torchvision:resnet50:PATH         any classifier of torchvision.models by its name,
-    --classifier torchvision:vit_b_16:PATH         with as many classes as its last layer has rows
-    --classifier torchvision:vgg16:32:PATH         sees the images at 32 x 32; default 224
-    --classifier wrn:PATH                          a wide residual network of RobustBench
-    --classifier wrn:cifar10:PATH                  the same, normalised by the mean and std of CIFAR-10
+    --classifier torchvision:resnet50:PATH       any classifier of torchvision.models by its name,
+    --classifier torchvision:vit_b_16:PATH       with as many classes as its last layer has rows
+    --classifier torchvision:vgg16:32:PATH       sees the images at 32 x 32; default 224
+    --classifier wrn:PATH                        a wide residual network of RobustBench
+    --classifier wrn:cifar10:PATH                the same, normalised by CIFAR-10's mean and std
 
 Resizing and normalisation are part of the network: it takes images in [0, 1] at any size.
 RobustBench has two families, told by the names of their weights: TRADES' (block1.layer.0.bn1, which
@@ -84,8 +84,8 @@ def read_wrn(spec):
     width = state["fc.weight"].shape[1] // 64
     model = {}
     for key, value in state.items():
-        unused = key.startswith("sub_block1.")  # by its network as well
-        if not unused and key not in ("mean", "std", "mu", "sigma"):  # the spec's count
+        unused = key.startswith("sub_block1.")  # held, but never called, by TRADES' network
+        if not unused and key not in ("mean", "std", "mu", "sigma"):  # `norm` says what they are
             model[own_name(key, per_group)] = value.float() if value.is_floating_point() else value
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in NORMALISATIONS[norm])
     config = dict(depth=6 * per_group + 4, width=width, classes=classes)

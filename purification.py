@@ -59,8 +59,8 @@ def image_draws(seed, index, draw=0, forward=None):
     def noise(k, x):
         if len(index) != len(x):
             raise ValueError(
-                f"known noise of {len(index)} images for {len(x)}: an attack library that picks images "
-                "needs library_attack.Attackable"
+                f"known noise of {len(index)} images for {len(x)}: an attack library that picks "
+                "images needs library_attack.Attackable"
             )
         of_eq2 = forward is not None and k % ROUND == 0
         key = seed + (((forward if of_eq2 else draw) + 1) << 32)
@@ -155,7 +155,8 @@ def guidance(x_t, y_t, kind):
 
 
 def confidence(classifier):
-    """-> (x_t, y) -> log of the largest probability (B,) that the classifier gives x_t in [-1, 1]."""
+    """-> function (x_t in [-1, 1], y), as Slope takes it: log of the largest probability that the
+    classifier gives x_t, (B,); y counts for nothing."""
     plain = getattr(classifier, "_orig_mod", classifier)  # compiled, it has no second derivative
 
     def logarithm(x_t, y):
@@ -174,10 +175,11 @@ class PurifiedClassifier(nn.Module):
     instead of the sigma of a t*, for GDMP 36; nfe = t*, for EDM 50 Heun steps; rounds: 1, for GDMP
     4, purifications in a row. clip: x^_0 of each step, for EDM the output alone. snr: of the
     corrector, one Langevin step before each step (Song et al., 2021; 0.16 is their CIFAR-10 value).
-    noise_removal: VP-SDE's last step is its mean, as in P2's code; else it has noise like any other,
-    as in DiffPure. scale: GDMP's guidance. coup: the weight of the classifier's confidence in COUP
-    (Zhang et al., 2024), vp-sde whose score has the gradient of its logarithm added; P2 prints
-    neither the formula nor the weight, 1 is ours. `calls` counts the network calls of the last forward.
+    noise_removal: VP-SDE's last step is its mean, as in P2's code; else it has noise like any
+    other, as in DiffPure. scale: GDMP's guidance. coup: the weight of the classifier's confidence
+    in COUP (Zhang et al., 2024), vp-sde whose score has the gradient of its logarithm added; P2
+    prints neither the formula nor the weight, 1 is ours. `calls` counts the network calls of the
+    last forward.
     noise(k, x), see image_draws: fixed noise instead of the global generator's, here, as the
     attribute, or in forward().
     Raises ValueError for images outside [0, 1]. strict=False takes them as they are, for libraries

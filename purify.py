@@ -20,7 +20,8 @@ The checks are always on: image within the ball and [0, 1], gradients finite and
 that of the start on 90 % of the images. A violation is printed on stderr and kept in metrics.json.
 
 Leaves --out/purify.png, table.csv, table.md and metrics.json; with --figures also figures.png (P2
-Figs. 7, 8), with --landscape landscape.png (Figs. 1, 3). Image i and all its noise are functions of --seed and i alone.
+Figs. 7, 8), with --landscape landscape.png (Figs. 1, 3). Image i and all its noise are functions of
+--seed and i alone.
 """
 
 import argparse
@@ -40,7 +41,7 @@ import outputs
 import purify_figures
 import runtime
 import sample
-from classifier import load_classifier
+from classifier import load_classifier, refuse_labels
 from images import NAMES, load_images, refuse_other_classes
 from losses import NoiseSchedule, like
 from metrics import clopper_pearson
@@ -118,8 +119,11 @@ def summarise(rows):
 
 
 class Done:
-    """The attacked images of this process, kept in a file after each batch: {attack: dict(rows={name:
-    (k,)}, calls=network calls, seconds=)}. With --resume it begins with those of the file.
+    """What this process has done, kept in a file after each batch.
+
+    attacks: {checkpoint, purifier, knowledge and norm: dict(rows={name: (k,)} of the first k of its
+    images, calls=network calls of one purification, seconds=)}. With --resume it begins with those
+    of the file.
     """
 
     def __init__(self, path, args, world):
@@ -288,13 +292,8 @@ def load(args, device, world):
         data[size] = first_images(args.data, size, args.n, args.data_root)
     if world > 1 and first_here:
         dist.barrier()
-    most = max(int(y.max()) for _, y in data.values())
-    classes = classifier.config["classes"]
-    if most >= classes:
-        raise ValueError(
-            f"--classifier {args.classifier}: knows {classes} classes, but --data {args.data} has "
-            f"label {most}"
-        )
+    for _, labels in data.values():
+        refuse_labels(classifier, args.classifier, labels, args.data)
     return models, classifier, data
 
 

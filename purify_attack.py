@@ -98,13 +98,18 @@ def ascend(x, delta, grad, norm):
     return (x + delta).clamp(0, 1) - x
 
 
+def outside(x, delta, norm):
+    """Whether delta leaves the ball, or x + delta the box [0, 1], by more than rounding; (B,)."""
+    size = delta.flatten(1).norm(dim=1, p=float("inf") if norm == "linf" else 2)
+    beyond = (x + delta - 0.5).abs().flatten(1).amax(1) > 0.5 + 1e-6
+    return (size > NORMS[norm][0] * (1 + 1e-4)) | beyond
+
+
 def pgd(net, x, y, draws, norm="linf", steps=20, eot_batch=1, path=None):
     """PGD from a zero start -> x_adv, checks {name: (B,)}.
 
-    path: a list, to which delta is added after each step.
-
     draws(k): the noises of step k, a list; draws(steps) those under which the losses of start and
-    end are compared.
+    end are compared. path: a list, to which delta is added after each step.
     """
     delta = torch.zeros_like(x)
     nonfinite = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -117,12 +122,10 @@ def pgd(net, x, y, draws, norm="linf", steps=20, eot_batch=1, path=None):
         delta = ascend(x, delta, grad, norm)
         if path is not None:
             path.append(delta)
-    size = delta.flatten(1).norm(dim=1, p=float("inf") if norm == "linf" else 2)
-    beyond = (x + delta - 0.5).abs().flatten(1).amax(1) > 0.5 + 1e-6
     start = over_draws(loss_of, net, x, y, draws(steps), eot_batch)
     end = over_draws(loss_of, net, x + delta, y, draws(steps), eot_batch)
     checks = dict(
-        outside=(size > NORMS[norm][0] * (1 + 1e-4)) | beyond,
+        outside=outside(x, delta, norm),
         nonfinite=nonfinite,
         zero=zero,
         rises=(end > start).double(),

@@ -2,7 +2,8 @@
 network, and EFLOP (10^18 multiplications and additions).
 
 A gradient in the image passes the network three times: forward, forward again (checkpointed) and
-backward, whose weights want no gradient. A training step passes it three times as well.
+backward, whose weights want no gradient. A training step passes it three times as well. Left out is
+the classifier behind a purifier, which is called once for a whole purification.
 """
 
 import functools
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import classifier
 import purify
+import train
 import training
 from losses import NoiseSchedule
 from purification import PurifiedClassifier
@@ -75,9 +77,8 @@ def passes_of_attack(argv):
         draws = args.eot or 10
         gradients = 2 * args.figures + 2 * args.pgd * (draws + 1)
         each = calls(sampler, args.nfe) * (PASSES * gradients + args.landscape**2)
-        found[sampler] = (
-            found.get(sampler, 0) + len(args.ckpt) * min(args.n, args.batch_size) * each
-        )
+        images = len(args.ckpt) * min(args.n, args.batch_size)
+        found[sampler] = found.get(sampler, 0) + images * each
     return found
 
 
@@ -88,7 +89,7 @@ def value_of(argv, flag, default=None):
 def cost_of(argv, model, image, wrn):
     """(forward passes, FLOP) of a command; model, image: of the diffusion network it is for."""
     script, *flags = argv
-    one = flops("unet", value_of(flags, "--model", model) if script == "train.py" else model, image)
+    one = flops("unet", model, image)
     if script == "purify.py":
         passes = sum(passes_of_attack(flags).values())
         return passes, passes * one
@@ -98,20 +99,24 @@ def cost_of(argv, model, image, wrn):
     if script == "classifier.py":
         steps = float(value_of(flags, "--epochs")) * IMAGES
         return 0, steps * PASSES * flops("classifier", value_of(flags, "--model"), image)
+    recipe = dict(train.RECIPES[model])
     addt = "addt" in flags
-    large = model not in ("tiny", "mini")
-    usual = training.ADDT_DDPM["iters"] if addt else 500_000 if model == "ddpm64" else 800_000
-    iters = int(value_of(flags, "--iters", usual))
-    batch = (training.ADDT_DDPM["batch_size"] if addt else 128) if large else 64
+    if addt and model not in ("tiny", "mini"):
+        recipe |= training.ADDT_DDPM
+    images = int(value_of(flags, "--iters", recipe["iters"])) * recipe["batch_size"]
     guided = 5 if addt and value_of(flags, "--addt-guide") != "none" else 0
-    passes = iters * batch * (PASSES + 2 * guided)
-    guide = iters * batch * 2 * guided * flops("classifier", wrn, image)
-    return passes, passes * one + (guide if "--classifier" in flags else 0)
+    passes = images * (PASSES + 2 * guided)
+    flop = passes * one
+    if "--classifier" in flags:
+        flop += images * 2 * guided * flops("classifier", wrn, image)
+    return passes, flop
 
 
 def lines_of(todo, size):
-    """-> lines: forward passes and FLOP of the commands that are left, by script, and of all. size: of
-    reproduce_purify.SIZES."""
+    """-> lines: forward passes and FLOP of the commands that are left, by script, and of all.
+
+    size: one of reproduce_purify.SIZES.
+    """
     left = {}
     for done, argv in todo:
         if finished(done, argv):

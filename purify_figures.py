@@ -1,4 +1,5 @@
-"""The table and the figures of purify.py: P2's tables, accuracy by knowledge, Figs. 1, 3, 7 and 8."""
+"""The table and the figures of purify.py: P2's tables, accuracy by knowledge, Figs. 1, 3, 7, 8; and
+sweeps.png of reproduce_purify.py."""
 
 import numpy as np
 import torch
@@ -151,7 +152,8 @@ def plot_directions(curves, sampler, styles, path):
 
 
 def plot_sweeps(rows, path):
-    """Of reproduce_purify.py: robust accuracy against EoT (Fig. 7) and against NFE (Tables 3, 10, Fig. 9), 95 % intervals."""
+    """Robust accuracy, with 95 % intervals, against EoT (P2 Fig. 7) and against the network calls
+    (Tables 3, 10, Fig. 9)."""
     fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     panels = (("eot-sweep-", "draws averaged (EoT)"), ("nfe-", "network calls"))
     for ax, (prefix, label) in zip(axes, panels):
@@ -195,11 +197,12 @@ def attack_path(net, x, y, index, args, knowledge, eot):
 
 
 def landscape(net, x, y, args):
-    """P2 Fig. 3, App. D: the mean loss under the evaluation's own noise (ours) on the plane x + a d_1
-    + b d_2, and the White-box EoT and DW_Both attacks projected on it.
+    """P2 Fig. 3, App. D: the mean loss under the evaluation's own noise (ours) on the plane
+    x + a d_1 + b d_2, and the White-box EoT and DW_Both attacks projected on it.
 
-    d_1: where DW_Both ends; d_2: what is orthogonal to it of where White-box ends. Each image has its
-    own plane. -> dict(a=, loss= (len(a), len(a)) with b along the rows, paths={name: [[a, b], ..]}).
+    d_1: where DW_Both ends; d_2: the part orthogonal to d_1 of where White-box ends. Each image has
+    its own plane. -> dict(a=, loss= (len(a), len(a)) with b along the rows, paths={name: [[a, b],
+    ..]}).
     """
     index = torch.arange(len(x), device=x.device)
     known = noises("both", args.seed, index, 0)
@@ -229,9 +232,9 @@ def dot(a, b):
 
 
 def trajectories(net, x, y, args):
-    """P2 Fig. 1: attacks on REPEATS evaluations of the first image, in the plane of their two leading
-    principal components (ours; P2's t-SNE keeps no distances), with the loss under each evaluation's
-    own noise. -> {name: dict(at= (REPEATS, K + 1, 2), loss= (REPEATS, K + 1))}."""
+    """P2 Fig. 1: attacks on REPEATS evaluations of the first image, in the plane of their two
+    leading principal components (ours; P2's t-SNE keeps no distances), with the loss under each
+    evaluation's own noise. -> {name: dict(at= (REPEATS, K + 1, 2), loss= (REPEATS, K + 1))}."""
     x, y = x[:1].repeat(REPEATS, 1, 1, 1), y[:1].repeat(REPEATS)
     index = torch.arange(REPEATS, device=x.device)  # of its noise: five evaluations
     known = noises("both", args.seed, index, 0)

@@ -1,9 +1,9 @@
 """The tables and figures of P1, re-run as a list of commands over the other scripts.
 
-    python reproduce.py first               # minutes on 2 CPU cores: DDPM and Robust_adv on noisy butterflies
-    python reproduce.py toy --data folder:cifar10/train --test folder:cifar10/test  # CPU, about 2 hours
-    python reproduce.py short --data cifar10 --minutes 9                            # one large GPU, in pieces
-    python reproduce.py full --data cifar10 --inception-weights PATH                # the published length
+    python reproduce.py first                     # 2 CPU cores, minutes: butterflies with noise
+    python reproduce.py toy --data folder:cifar10/train --test folder:cifar10/test  # CPU, 2 hours
+    python reproduce.py short --data cifar10 --minutes 9              # one large GPU, in pieces
+    python reproduce.py full --data cifar10 --inception-weights PATH  # the published length
     python reproduce.py full --data cifar10 --dry-run
     python reproduce.py purify toy --data ...       # the second paper's, see reproduce_purify.py
 

@@ -1,15 +1,14 @@
 """The tables and figures of P2 as one list of commands: `reproduce.py purify`.
 
-    python reproduce.py purify toy --data folder:cifar10/train --test folder:cifar10/test   # a CPU
-    python reproduce.py purify full --data cifar10 --inception-weights PATH         # 8 days of an H100
+    python reproduce.py purify toy --data folder:cifar10/train --test folder:cifar10/test  # a CPU
+    python reproduce.py purify full --data cifar10 --inception-weights PATH  # 8 days of an H100
     python reproduce.py purify full --ddpm ddpm-cifar10-32/ --classifiers torchvision:vgg16:PATH
     python reproduce.py purify full --dry-run      # the commands, what they are for, what they cost
 
 P2 starts from a trained DDPM: --ddpm is one, a checkpoint or diffusers' folder; without it, one is
-trained. --classifiers adds rows to Table 4. Networks and attacks stay in --work; --out gets table.md
-and sweeps.png. Before anything starts the cost of what is left is printed: forward passes, and
-multiplications and additions, a gradient through a purification counted as three passes (forward,
-again, backward).
+trained. --classifiers adds rows to Table 4. Networks and attacks stay in --work; --out gets
+table.md and sweeps.png. Before anything starts the cost of what is left is printed, as
+purify_cost.py counts it. AutoAttack takes `pip install pyautoattack`.
 """
 
 import argparse
@@ -281,7 +280,7 @@ def other_set(found, data):
 
 
 def purposes(found):
-    """-> lines: every table and figure of P2 with the folders of its numbers, or why there are none."""
+    """-> lines: every table and figure of P2 with the folders of its numbers, or why it has none."""
     lines = []
     for kind, last in (("Table", 15), ("Fig.", 9)):
         for i in range(1, last + 1):
@@ -317,8 +316,10 @@ def table(found, rows):
     lines.append("|---" * 9 + "|")
     for row in rows:
         name = row["checkpoint"] if row["checkpoint"] in TUNED else "ddpm"
-        known = P2.get((name, row["purifier"])) if row["folder"] == "methods" else None
-        theirs = f"{known[0]} / {known[1 + (row['norm'] == 'l2')]}" if known else "-"
+        theirs = "-"
+        if row["folder"] == "methods" and (name, row["purifier"]) in P2:
+            clean, linf, l2 = P2[name, row["purifier"]]
+            theirs = f"{clean} / {l2 if row['norm'] == 'l2' else linf}"
         cells = [", ".join(of_folder[row["folder"]]), row["folder"], row["checkpoint"]]
         cells += [row["purifier"], row["norm"], row["knowledge"]]
         cells += [percent(row, "clean"), percent(row, "robust"), theirs]
@@ -329,7 +330,9 @@ def table(found, rows):
             record = json.loads(done.read_text())
             names = [name for name in record if name.startswith(("FID", "Fréchet"))]
             scores += [f"{done.parent.name}: {name} {record[name]:.4g}" for name in names]
-    return lines + ["", "Table 7: " + "; ".join(scores)] if scores else lines
+    if scores:
+        lines += ["", "Table 7: " + "; ".join(scores)]
+    return lines
 
 
 def parse_args(argv):
@@ -359,10 +362,8 @@ def main(argv):
         outputs.claim(args.out)
     started = time.time()
     found = commands(args)
-    print(
-        "\n".join([*purposes(found), "", *purify_cost.lines_of(found.todo, found.size), ""]),
-        flush=True,
-    )
+    cost = purify_cost.lines_of(found.todo, found.size)
+    print("\n".join([*purposes(found), "", *cost, ""]), flush=True)
     if not run_all(found.todo, args):
         return
     rows = read_rows(found)

@@ -171,11 +171,13 @@ def table(records, shares, distance, first_seed):
             [f"{r[distance]:.2f}", f"{r['noise_level']:.3f}", *(f"{v:.2f}" for v in share)]
         )
 
+    of = records[clean_name(0)]
     lines = [
-        f"{distance} / noise left / share of the samples judged faulty; {records[clean_name(0)]['n']} samples of "
-        f"{records[clean_name(0)]['steps']}-step DDPM.",
+        f"{distance} / noise left / share of the samples judged faulty; {of['n']} samples of "
+        f"{of['steps']}-step DDPM.",
         "",
-        f"| fault | seed | judged faulty: clean images, faulty images | DDPM on clean images | {' | '.join(METHODS)} |",
+        "| fault | seed | judged faulty: clean images, faulty images | DDPM on clean images | "
+        f"{' | '.join(METHODS)} |",
         "|---" * (4 + len(METHODS)) + "|",
     ]
     for (fault, k), (clean, faulty, base, *each) in shares.items():
@@ -195,7 +197,8 @@ def table(records, shares, distance, first_seed):
 
 
 def plot(records, shares, distance, path):
-    """Above the distances, below the shares judged faulty: a panel a fault, a point a method and seed."""
+    """Above the distances, below the shares judged faulty: a panel for each fault, a point for each
+    method and seed."""
     fig, axes = plt.subplots(
         2, len(FAULTS), figsize=(15, 5.5), layout="constrained", sharex=True, squeeze=False
     )
@@ -222,7 +225,8 @@ def plot(records, shares, distance, path):
 
 
 def plot_samples(images, args, path):
-    """The first images as trained on, and the first samples of each method, for each fault and the first seed."""
+    """The first images as trained on, and the first samples of each method, for each fault and the
+    first seed."""
     fig, axes = plt.subplots(
         1 + len(METHODS), len(FAULTS), figsize=(14, 16), layout="constrained", squeeze=False
     )

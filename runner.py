@@ -1,7 +1,8 @@
 """A resumable list of commands over the other scripts: [(result that says it is done, argv)].
 
 A command whose result is there is skipped; a training that was stopped continues from its
-checkpoint, an attack on purifiers from the images that it has done. So after a kill, or after --minutes, the same line goes on.
+checkpoint, an attack on purifiers from the images that it has done. So after a kill, or after
+--minutes, the same line goes on.
 """
 
 import contextlib
@@ -86,7 +87,8 @@ def run(done, argv, deadline, first=True):
         process.wait()
         if first and argv[0] not in RESUMES:
             raise Failed(
-                f"{argv[0]}: does not fit into --minutes and cannot be continued in pieces; give more"
+                f"{argv[0]}: does not fit into --minutes and cannot be continued in pieces; "
+                "give more"
             ) from None
         return False
     except BaseException:  # Ctrl-C has reached the command as well; SIGTERM has not
@@ -102,15 +104,18 @@ def run(done, argv, deadline, first=True):
 
 
 def end_with_parent():
-    """So that a script that was started here does not outlive a kill of this one (on Linux)."""
+    """A script that was started here does not outlive a kill of this one (on Linux)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def run_all(todo, args):
-    """Runs what is not done -> whether all is done; --dry-run prints it. Raises Failed, exit code 1,
-    when --minutes are over before that, so that `reproduce.py .. && next` does not go on; ValueError
-    before the first command, where the folder of one holds something else."""
+    """Runs what is not done -> whether all is done; --dry-run prints it.
+
+    Raises Failed, exit code 1, when --minutes are over before that, so that `reproduce.py .. &&
+    next` does not go on; ValueError before the first command, where the folder of one holds
+    something else.
+    """
     if args.dry_run:
         for done, argv in todo:
             print(f"{'done ' if finished(done, argv) else '     '} python {shlex.join(argv)}")

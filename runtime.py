@@ -229,7 +229,8 @@ def refuse_repeats(args, *names):
 
 
 def idle_flags(parser, argv=None):
-    """-> idle(where, names, how), which refuses those of the names that the user typed, if `where`."""
+    """-> idle(where, names, how), which refuses the names (apart by blanks) that the user typed, if
+    `where`; `how` ends the message."""
     given = given_flags(parser, argv)
 
     def idle(where, names, how):

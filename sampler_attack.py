@@ -11,30 +11,30 @@ beta_t: P1's text says both, its formulas sigma(t) = beta_t),
 
 J is summed over the elements of a sample. `objective`:
 
-    ldm   J = |eps_theta(x') - eps'|^2, the default: the L_DM whose gradient Algorithm 2 prints. eps'
-          is the noise in x' if x^_0(x_t), clipped as the sampler clips it, is the image (ours: P1
-          names none). Where nothing is clipped it is abar / (1 - abar) times the J of x0, hence the
-          same attack. Where x^_0 overshoots, J has a gradient at x_t itself, which points the same
-          way at every step: of one-step attacks on the networks tried it moves samples of 50 steps
-          farthest, to black or white.
-    x0    J = |q(x') - q(x_t)|^2, q = x^_0, the denoised image (ours). With through = K > 1, for DDIM
-          without noise, q is x^_0 at the last of K steps from here, hence the final sample where
-          fewer are left. The steps in between are the sampler's own, their clipping included.
-    mean  the same with q = the step without its noise: J as P1 prints it. It says little about the
-          network: where beta_t is small this is nearly x_t itself, whatever the network, and delta
-          little more than the signs of its own random start.
+    ldm   J = |eps_theta(x') - eps'|^2, the default: the L_DM whose gradient Algorithm 2 prints.
+          eps' is the noise in x' if x^_0(x_t), clipped as the sampler clips it, is the image (ours:
+          P1 names none). Where nothing is clipped it is abar / (1 - abar) times the J of x0, hence
+          the same attack. Where x^_0 overshoots, J has a gradient at x_t itself, which points the
+          same way at every step: of one-step attacks on the networks tried it moves samples of 50
+          steps farthest, to black or white.
+    x0    J = |q(x') - q(x_t)|^2, q = x^_0, the denoised image (ours). With through = K > 1, for
+          DDIM without noise, q is x^_0 at the last of K steps from here, hence the final sample
+          where fewer are left. The steps in between are the sampler's own, their clipping included.
+    mean  the same with q = the step without its noise: J as P1's App. A.1 prints it. It says little
+          about the network: where beta_t is small this is nearly x_t itself, whatever the network,
+          and delta little more than the signs of its own random start.
     eps   the same with q = eps_theta, as in Eq. 8 (ours).
 
-At x_t itself the last three have no gradient, hence the random start. q is not clipped: where x^_0 is
-cut, it would have no gradient either.
+At x_t itself the last three have no gradient, hence the random start. q is not clipped: where x^_0
+is cut, it would have no gradient either.
 
 Ours too: phi = 1 (P1 gives no value), steps that are projected on the ball of scale_t, and of
 several random starts the delta with the largest J, image by image.
 
 The checks are always on: delta in the ball, gradients finite and not 0 (up to 1 in 1,000), a
 twentieth of scale_t along the gradient's signs raises J over the start; and J(x_t + delta) above J
-of the first start and of |delta| with random signs; each in 90 % of (sample, step). The last two can
-fail with a correct gradient, where the attack is no stronger than its start: see same_sign, the
+of the first start and of |delta| with random signs; each in 90 % of (sample, step). The last two
+can fail with a correct gradient, where the attack is no stronger than its start: see same_sign, the
 share of delta's signs that are the start's. J is compared on a few attacked steps, as it takes 4
 more evaluations.
 """
@@ -247,8 +247,8 @@ class Attack:
         return best
 
     def ascend(self, gap, start, scale):
-        """-> delta, by one step of FGSM from x_t or projected steps from the start; the signs of the
-        gradient at the start."""
+        """-> delta, by one step of FGSM from x_t or projected steps from the start; and the signs
+        of the gradient at the start."""
         first = self.gradient_signs(gap, start)
         if self.iters == 1:
             return scale * first, first  # from x_t, not from the start

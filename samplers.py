@@ -140,8 +140,8 @@ def time_of(schedule, sigma):
     """The real t whose noise level is sigma: linear in log(1 + sigma^2) = -log abar between the
     schedule's steps.
 
-    So beta is constant within a step, and in this variable EDM's VP wrapper solves for t. Ours: below
-    the smallest level (.01 at t = 0) t is 0 and above the largest T - 1, since no network was
+    So beta is constant within a step, and in this variable EDM's VP wrapper solves for t. Ours:
+    below the smallest level (.01 at t = 0) t is 0 and above the largest T - 1, since no network was
     trained beyond them.
     """
     table = np.log1p(np.square(schedule.sigmas))
@@ -149,7 +149,8 @@ def time_of(schedule, sigma):
 
 
 def from_denoiser(denoiser, schedule):
-    """The eps-network of a denoiser (x_0 + sigma N(0, I), sigma (B,)) -> x_0, as EDM's networks are:
+    """The eps-network of a denoiser D: (x_0 + sigma N(0, I), sigma (B,)) -> x_0, as EDM's are.
+
     eps = (x - D(x; sigma)) / sigma at x = x_t / sqrt(abar_t), for integer and real t (see time_of).
     """
     levels = torch.tensor(schedule.sigmas, dtype=torch.float64).square().log1p()  # -log abar

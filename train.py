@@ -240,7 +240,8 @@ def prepare(net, args, device, world=1, backend=None, cast_once=None):
 
 
 def train_step(state, args, step, batches, classifier=None):
-    """Algorithm 1: one update on a batch in parts -> scalars to log, on the device: nothing here waits for it.
+    """Algorithm 1: one update on a batch in parts -> scalars to log, on the device, for which
+    nothing here waits.
 
     batches: dicts of x0, t, eps, beta, u and, if they are read, y, sigma_y, keys (of dropout).
     """

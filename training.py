@@ -11,7 +11,7 @@ import torch.distributed as dist
 import metrics
 import outputs
 import runtime
-from classifier import load_classifier
+from classifier import load_classifier, refuse_labels
 from data import CORRUPTIONS, CorruptedImages, load_images
 from images import NATIVE_SIZE, refuse_other_classes
 from outputs import plt
@@ -98,13 +98,7 @@ def load_data(args, net, classifier, ckpt, device, world):
             f"{ckpt['step']}; start another --out"
         )
     if classifier:
-        most = int(data.labels.max())
-        classes = classifier.config["classes"]
-        if most >= classes:
-            raise ValueError(
-                f"--classifier {args.classifier}: knows {classes} classes, but "
-                f"--data {args.data} has label {most}"
-            )
+        refuse_labels(classifier, args.classifier, data.labels, args.data)
     if args.batch_size > len(data):
         held = f"--data {args.data} with its {len(data)} images"
         raise ValueError(f"--batch-size {args.batch_size}: larger than {held}")
