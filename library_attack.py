@@ -47,12 +47,16 @@ class Attackable(nn.Module):
         super().__init__()
         self.net = net
         self.clean = clean.detach().flatten(1)
-        self.index = torch.arange(len(clean), device=clean.device) if index is None else index
+        if index is None:
+            index = torch.arange(len(clean), device=clean.device)
+        self.index = index
         self.knowledge = knowledge
         self.seed = seed
         self.calls = 0
         self.padded = sample.is_compiled(getattr(net, "model", None))
-        self.asked, self.zero, self.nonfinite = torch.zeros(3, len(clean), device=clean.device)
+        self.asked = torch.zeros(len(clean), device=clean.device)
+        self.zero = torch.zeros_like(self.asked)
+        self.nonfinite = torch.zeros_like(self.asked)
 
     def forward(self, x):
         rows = self.nearest(x)

@@ -308,11 +308,13 @@ def planned(args, names):
 
 def draw_figures(args, options, models, classifier, data, styles, out, device):
     """figures.png and landscape.png, of the first batch and the first purifier -> their numbers."""
-    schedule = NoiseSchedule().to(device)
     curves = {}
     planes = {}
-    for name, (model, size, _) in models.items() if args.figures or args.landscape else ():
-        sampler = next(sampler for sampler in args.purifier if sampler != "none")
+    if not (args.figures or args.landscape):
+        return dict(directions=curves, landscapes=planes)
+    schedule = NoiseSchedule().to(device)
+    sampler = next(sampler for sampler in args.purifier if sampler != "none")
+    for name, (model, size, _) in models.items():
         x, y = (a[: args.batch_size].to(device) for a in data[size])
         net = PurifiedClassifier(model, schedule, classifier, sampler, **options)
         with runtime.autocast(device, args.amp):

@@ -32,7 +32,8 @@ SIZES = {
         wrn="small",
         classifier="--epochs 4".split(),
         attack="--n 16 --batch-size 16 --pgd 4 --eot 2".split(),
-        autoattack="--n 8 --batch-size 8 --pgd 4 --eot 2 --evaluations 4".split(),
+        autoattack="--n 8 --batch-size 8 --pgd 4 --evaluations 4".split(),
+        autoattack_eot="--eot 2".split(),
         nfe=(5, 2),  # the first is everywhere else
         eot=(1, 4),
         few="--n 8 --batch-size 8 --pgd 3".split(),
@@ -51,6 +52,7 @@ SIZES = {
         classifier="--epochs 200".split(),
         attack="--n 1024 --batch-size 128 --eot-batch 2".split(),
         autoattack="--n 512 --batch-size 128 --eot-batch 2".split(),
+        autoattack_eot=[],
         nfe=(100, 50, 20, 10, 5),
         eot=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
         few="--n 128 --batch-size 128".split(),
@@ -207,7 +209,8 @@ def autoattack(found, pair):
     three = ["ddpm", "ddim", "vp-sde"]
     labels = ["Table 13", "Table 14"]
     attack = found.size["autoattack"]
-    found.purify("autoattack", labels, pair, three, flags, attack=attack)
+    some = [*attack, *found.size["autoattack_eot"]]
+    found.purify("autoattack", labels, pair, three, flags, attack=some)
     once = [*attack, "--eot", "1"]
     found.purify("autoattack-eot-1", labels[:1], pair, three, flags, attack=once)
     # ours: P2 attacks with it under white alone
