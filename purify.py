@@ -134,6 +134,8 @@ class Done:
         self.attacks = {}
         if args.resume and path.exists():
             found = runtime.load_checkpoint(path)
+            if not all(isinstance(found.get(part), dict) for part in ("settings", "attacks")):
+                raise ValueError(f"--resume: {path} holds no attacks of purify.py")
             for name, value in self.settings.items():
                 if found["settings"].get(name) != value:
                     raise ValueError(f"--resume: {path} is of another {runtime.flag(name)}")
@@ -238,15 +240,17 @@ def parse(argv=None):
     idle = runtime.idle_flags(parser, argv)
     unpurified = "t_star nfe variance no_clip raw knowledge eot figures landscape coup"
     idle(set(args.purifier) == {"none"}, unpurified, "with --purifier none alone")
-    idle(not {"white", "fwd"} & set(args.knowledge), "eot", "without --knowledge white or fwd")
+    fresh = {"white", "fwd"} & set(args.knowledge) or args.landscape  # draws to average over
+    idle(not fresh, "eot", "without --knowledge white or fwd")
     idle(not {"ddpm", *GDMP} & set(args.purifier), "variance", "without --purifier ddpm or gdmp")
     idle("coup" not in args.purifier, "coup", "without --purifier coup")
     if args.landscape == 1:
         raise ValueError("--landscape 1: needs at least 2")
     options = dict(t_star=args.t_star, nfe=args.nfe, clip=not args.no_clip, variance=args.variance)
     options |= dict(noise_removal=args.noise_removal, coup=args.coup)
-    if args.noise_removal and not any(name.startswith("vp-sde") for name in args.purifier):
-        raise ValueError("--noise-removal: is for --purifier vp-sde and vp-sde-corrector")
+    sde = {"vp-sde", "vp-sde-corrector", "coup"}  # these clip nothing
+    idle(not sde & set(args.purifier), "noise_removal", "without --purifier vp-sde or coup")
+    idle(set(args.purifier) <= sde, "no_clip", "with --purifier vp-sde or coup alone")
     for sampler in args.purifier:  # all refused before any is run
         PurifiedClassifier(nn.Identity(), NoiseSchedule(), nn.Identity(), sampler, **options)
     return args, options

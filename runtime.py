@@ -211,7 +211,7 @@ def between(low, high=None, kind=float, above=False, below=False):
     return parse
 
 
-SEED = between(0, 2**32, kind=int)
+SEED = between(0, 2**32 - 1, kind=int)  # draws are numbered above its 32 bits
 
 
 def flag(name):

@@ -157,7 +157,7 @@ def parse_args(argv=None):
     add("--clip-grad", type=number, default=1.0, help="0: no clipping")
     add("--ema", type=below_1, default=0.9999, help="decay of the averaged weights, at most")
     add("--ema-ramp", choices=training.EMA_RAMPS, help="before that; default tenth; addt power")
-    add("--seed", type=between(0, 2**63 - 1, kind=int), default=0)
+    add("--seed", type=runtime.SEED, default=0)
     # the run
     add("--out", default="out")
     add("--resume", action="store_true", help="continue OUT/ckpt.pt; --iters may grow")
