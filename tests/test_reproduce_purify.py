@@ -171,7 +171,7 @@ def test_a_stopped_attack_is_resumed_by_the_list(tmp_path, monkeypatch):
     seen = []
 
     class Popen:
-        def __init__(self, command):
+        def __init__(self, command, preexec_fn=None):
             seen.append(command)
             (tmp_path / "metrics.json").write_text("{}")
 

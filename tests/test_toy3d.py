@@ -312,8 +312,8 @@ def test_a_small_run_leaves_every_file(tmp_path, monkeypatch):
 
 
 def test_the_networks_at_each_t(tmp_path, monkeypatch):
-    flags = ["--by-t", "--seeds", "2", "--methods", "inv-adv", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", [*SMALL, *flags])
+    flags = "--by-t --steps 2 --points 60 --seeds 2 --methods inv-adv --device cpu".split()
+    monkeypatch.setattr(sys, "argv", ["toy3d_sweep.py", *flags, "--out", str(tmp_path)])
     toy3d_sweep.main()
     assert (tmp_path / "by_t.png").stat().st_size > 5000
     record = json.loads((tmp_path / "metrics.json").read_text())
@@ -414,8 +414,8 @@ def test_a_small_grid_of_late_phases(tmp_path, monkeypatch):
     monkeypatch.setattr(toy3d_sweep, "LASTS", [0.5, 1])
     monkeypatch.setattr(toy3d_sweep, "SHARES", [0.25, 1])
     monkeypatch.setattr(toy3d_sweep, "LAMBDAS", [0.3, 1])
-    flags = ["--late", "--sets", "3-gaussians", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", [*SMALL, *flags])
+    flags = "--late --steps 2 --points 60 --n 30 --sample-steps 5 --sets 3-gaussians --device cpu"
+    monkeypatch.setattr(sys, "argv", ["toy3d_sweep.py", *flags.split(), "--out", str(tmp_path)])
     toy3d_sweep.main()
     assert (tmp_path / "late.png").stat().st_size > 5000
     results = json.loads((tmp_path / "metrics.json").read_text())["results"]
