@@ -197,6 +197,23 @@ def test_a_candidate_must_lower_the_accuracy_over_fresh_passes(monkeypatch):
     assert torch.equal(row["judged"], row["robust"])
 
 
+def test_draws_of_an_attack_do_not_depend_on_the_calls_of_the_one_before(monkeypatch):
+    """A batch may leave the first attack early: the second takes the same draws all the same."""
+    first_calls = []
+    lengths = iter([5, 5, 70, 70])
+
+    def attack(victim, x, y, loss, norm, eot, steps, start):
+        first_calls.append(victim.calls)
+        victim.calls += next(lengths)
+        return x
+
+    monkeypatch.setattr(library_attack, "apgd", attack)
+    x, y, index = pictures(3, 0.7), torch.zeros(3, dtype=torch.long), torch.arange(3)
+    for _ in range(2):
+        autoattack_rand(Recorder(1.0), x, y, index, 0, "white", "linf", 1, 1, 40)
+    assert first_calls[:2] == first_calls[2:] and first_calls[1] > first_calls[0] + 70
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_apgd_of_the_package_starts_at_each_images_own_point(norm):
     """The result of an image is that of a batch of it alone, whatever the library's generator does;
