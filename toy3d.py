@@ -4,7 +4,7 @@ A fifth of the training points is noise; invariance instead of equivariance adds
 variety: the samples lie closer to the middle of their mode. RESULTS.md has the numbers. Density and
 score are known in closed form (toy3d_data.py); the losses are losses.py's, unchanged.
 
-    python toy3d.py           # outliers, seven methods, one seed, 3,000 steps: 2 minutes
+    python toy3d.py           # outliers, seven methods, one seed, 3,000 steps: 1 minute
     python toy3d.py --full    # + clean and inliers, three seeds, 10,000 steps: half an hour
     python toy3d.py --noises inliers --share 0.5 --methods none,late-adv
 
