@@ -187,10 +187,7 @@ def load(args, device, rank):
         return models, None
     sizes = sorted({size for _, size, _ in models.values()})
     if len(sizes) > 1:
-        raise ValueError(
-            f"--ckpt: image sizes {sizes} differ, and --fid compares with one reference; "
-            "give --image-size"
-        )
+        raise ValueError(f"--ckpt: image sizes {sizes} differ; --fid needs one, --image-size")
     return models, sample.prepare_scorer(models, args) if rank == 0 else None
 
 

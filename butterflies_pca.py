@@ -97,7 +97,7 @@ def load(args):
             )
         except Exception as e:  # no network or a moved set
             raise ValueError(
-                f"--data smithsonian: could not be downloaded ({str(e).splitlines()[0]}); "
+                f"--data smithsonian: could not be downloaded ({outputs.reason(e)}); "
                 "use --data folder:PATH"
             ) from None
         s = args.image_size
@@ -171,12 +171,7 @@ def parse_args():
     add("--lr", type=between(0, above=True), default=3e-3)
     add("--eval-every", type=count, default=500)
     add("--n-eval", type=between(2, kind=int), default=64, help="samples behind each number")
-    add(
-        "--sampler",
-        choices=STEPS,
-        default="ddpm",
-        help="ddpm: Eq. 5, as P1; ddim: 20 times as fast",
-    )
+    add("--sampler", choices=STEPS, default="ddpm", help="Eq. 5, as P1; ddim: 20 times as fast")
     add("--sample-steps", type=count, help="default ddpm 1000, ddim 50")
     add("--seeds", type=count, default=1, help="runs with seeds --seed, --seed + 1, ...")
     add("--seed", type=runtime.SEED, default=0)

@@ -135,9 +135,8 @@ def refuse_labels(network, path, labels, name):
     classes = network.config["classes"]
     most = int(labels.max())
     if most >= classes:
-        raise ValueError(
-            f"--classifier {path}: knows {classes} classes, but --data {name} has label {most}"
-        )
+        what = f"knows {classes} classes, but --data {name} has label {most}"
+        raise ValueError(f"--classifier {path}: {what}")
 
 
 def load_features(path):

@@ -50,9 +50,8 @@ def parse_args():
     add("--ckpt", required=True, nargs="+", help="checkpoints or folders, as of sample.py")
     count = dict(type=between(1, kind=int), default=10_000)
     add("--n", **count, help="images of each; FID below 10,000 is biased upwards")
-    add(
-        "--steps", type=int, nargs="+", default=[None], help="default: ddpm 1000, ddim 100, heun 18"
-    )
+    steps = dict(type=int, nargs="+", default=[None])
+    add("--steps", **steps, help="default: ddpm 1000, ddim 100, heun 18")
     add("--spacing", nargs="+", default=["respaced"], help="ddpm: respaced | naive | truncated")
     add("--out", default="compare", help="a folder for each sample, the table and the figures")
     add("--fid", action="store_true", help="FID and IS against the clean images of --data")
@@ -70,10 +69,8 @@ def main():
     for path, steps, spacing in itertools.product(args.ckpt, args.steps, args.spacing):
         name = run_name(args, path, steps, spacing)
         if name in runs:
-            raise ValueError(
-                f"--ckpt, --steps, --spacing: two samples would share the folder {out}/{name}; "
-                "rename a checkpoint's folder, and give no value twice"
-            )
+            what = f"--ckpt, --steps, --spacing: two samples would share {out}/{name}"
+            raise ValueError(f"{what}; rename a checkpoint's folder, give no value twice")
         runs[name] = path, steps, spacing
     results = sample_and_score({out / name: run for name, run in runs.items()}, args)
     if not results:  # under torchrun the first process has them

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from runtime import load_checkpoint
+from runtime import load_checkpoint, reason
 
 
 class DINOv2(torch.nn.Module):
@@ -31,9 +31,8 @@ class DINOv2(torch.nn.Module):
             if missing:
                 raise KeyError(f"{weights} lacks {missing[0]}")
         except Exception as e:  # no network, no hubconf.py, or weights of another network
-            reason = (str(e) or type(e).__name__).splitlines()[0]
             raise ValueError(
-                f"DINOv2 could not be loaded ({reason}); give --dino-hub FOLDER, a clone of "
+                f"DINOv2 could not be loaded ({reason(e)}); give --dino-hub FOLDER, a clone of "
                 "github.com/facebookresearch/dinov2, and --dino-weights PATH to "
                 "dinov2_vitb14_pretrain.pth, or --features pixels"
             ) from None

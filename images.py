@@ -19,7 +19,7 @@ import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from outputs import read_arrays
+from outputs import read_arrays, reason
 from synthetic import synthetic_butterflies
 
 NAMES = (
@@ -116,9 +116,8 @@ def _folder(path):
         raise ValueError(f"--data folder:{path}: holds no images ({', '.join(sorted(EXTENSIONS))})")
     if len(files) < len(found):
         others = ", ".join(sorted({f.suffix for f in found} - EXTENSIONS))
-        print(
-            f"--data folder:{path}: {len(found) - len(files)} other files are left out ({others})"
-        )
+        left_out = len(found) - len(files)
+        print(f"--data folder:{path}: {left_out} other files are left out ({others})")
     classes = sorted({f.parent for f in files})
     number = {c: (i if len(classes) > 1 else -1) for i, c in enumerate(classes)}
     digest = hashlib.sha256(b"3 %s\n" % os.fsencode(path.resolve()))  # 3: of `to_rgb` and `_read`
@@ -146,19 +145,14 @@ class Files:
             with Image.open(self.files[i]) as image:
                 return to_rgb(image), self.labels[i]
         except UNREADABLE as e:
-            reason = str(e).splitlines()[0]
-            raise ValueError(f"{self.files[i]}: not a readable image ({reason})") from None
-
-    def name(self, i):
-        return self.files[i]
+            raise ValueError(f"{self.files[i]}: not a readable image ({reason(e)})") from None
 
 
 def _tiny_imagenet(root, split):
     """ROOT/train/CLASS/images/*.JPEG; ROOT/val/images with the classes in val_annotations.txt."""
     if not (root / "train").is_dir():
-        raise ValueError(
-            f"--data tiny-imagenet: {root} holds no train/; unpack tiny-imagenet-200.zip there"
-        )
+        why = f"{root} holds no train/; unpack tiny-imagenet-200.zip there"
+        raise ValueError(f"--data tiny-imagenet: {why}")
     classes = sorted(folder.name for folder in (root / "train").iterdir() if folder.is_dir())
     number = {name: i for i, name in enumerate(classes)}
     files, labels = [], []
@@ -196,9 +190,8 @@ def _torchvision(name, split, root):
         part = "bedroom_train" if split == "train" else "bedroom_val"
         return sets.LSUN(root, classes=[part], target_transform=no_label)
     except Exception as e:  # network, quota, missing lmdb, broken archives: all end in one line
-        reason = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(
-            f"--data {name}: could not be loaded or downloaded into {root}/ ({reason}); "
+            f"--data {name}: could not be loaded or downloaded into {root}/ ({reason(e)}); "
             "place it there, or use --data folder:PATH or --data synthetic"
         ) from None
 
@@ -262,10 +255,9 @@ def _decode(source, key, size, path):
         image, labels[i] = source[i]
         if image.size != (side, side):
             if size is None:
-                what = source.name(i) if hasattr(source, "name") else f"image {i}"
-                raise ValueError(
-                    f"{what}: is {image.width}x{image.height}, not {side}x{side}; give --image-size"
-                )
+                what = source.files[i] if isinstance(source, Files) else f"image {i}"
+                found = f"{image.width}x{image.height}"
+                raise ValueError(f"{what}: is {found}, not {side}x{side}; give --image-size")
             image = _fit(image, side)
         images[i] = np.asarray(image)
 

@@ -85,10 +85,8 @@ def unit_features(network, images, args, device, desc, key=None):
     features, _ = metrics.extract(network, images, args.batch_size, device, f"features, {desc}")
     bad = (~np.isfinite(features).all(1)).sum()
     if bad:
-        raise ValueError(
-            f"{desc}: {bad} of {len(images)} images have NaN or infinite features "
-            f"(--features {args.features})"
-        )
+        what = f"NaN or infinite features (--features {args.features})"
+        raise ValueError(f"{desc}: {bad} of {len(images)} images have {what}")
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp = path.with_suffix(f".{os.getpid()}.tmp.npz")
@@ -174,32 +172,19 @@ def open_samples(path, args, options, device):
         n = args.n or 50_000
         return name, size, lambda: sample_uint8(model, size, n, args, options, device, 0, 1)
     if path.is_dir() and not (path / "samples.npz").is_file():
-        images = read_folder(path, args.data_root)
+        images = load_images(f"folder:{path}", root=args.data_root)[0]
     else:
         images = read_npz(path / "samples.npz" if path.is_dir() else path)
     return name, images.shape[1], lambda: images[: args.n]
 
 
-def read_folder(path, root):
-    try:
-        return load_images(f"folder:{path}", root=root)[0]
-    except ValueError as e:
-        message = str(e).replace("--data folder:", "--samples ")
-        raise ValueError(message.replace("; give --image-size", "")) from None
-
-
 def read_npz(path):
-    try:
-        (images,) = outputs.read_arrays(path, "images")
-        square = images.ndim == 4 and images.shape[1:] == (images.shape[1], images.shape[1], 3)
-        if images.dtype != np.uint8 or not len(images) or not square:
-            raise ValueError(f"`images` is {images.dtype} {images.shape}")
-        return images
-    except ValueError as e:
-        raise ValueError(
-            f"--samples {path}: need a folder of images, a checkpoint .pt, or an .npz with uint8 "
-            f"`images` of shape (n, S, S, 3), n >= 1 ({str(e).splitlines()[0]})"
-        ) from None
+    (images,) = outputs.read_arrays(path, "images")
+    square = images.ndim == 4 and images.shape[1:] == (images.shape[1], images.shape[1], 3)
+    if images.dtype != np.uint8 or not len(images) or not square:
+        found = f"{images.dtype} {images.shape}"
+        raise ValueError(f"{path}: `images` is {found}, need uint8 (n, S, S, 3), n >= 1")
+    return images
 
 
 # --------------------------------------------------------------------------------------------------
@@ -289,12 +274,8 @@ def parse():
     add("--data", required=True, metavar="NAME", help="training set: " + NAMES)
     add("--test", metavar="NAME", help="set of the null; default: --data's test split")
     add("--null", **yes, help="search the held-out images as well")
-    add(
-        "--image-size",
-        type=between(4, 4096, int),
-        metavar="S",
-        help="of the training set and of checkpoints",
-    )
+    size = between(4, 4096, int)
+    add("--image-size", type=size, metavar="S", help="of the training set and of checkpoints")
     add("--features", default="dinov2", help="dinov2 | pixels | a checkpoint of classifier.py")
     add("--dino-hub", metavar="FOLDER", help="a clone of github.com/facebookresearch/dinov2")
     add("--dino-weights", metavar="PATH", help="a copy of dinov2_vitb14_pretrain.pth")
@@ -315,9 +296,7 @@ def parse():
     unsampled = not any(is_checkpoint(Path(path)) for path in args.samples)
     idle(unsampled, of_checkpoints, "without a checkpoint among --samples")
     if args.null and args.data.startswith("folder:") and args.test in (None, args.data):
-        raise ValueError(
-            f"--data {args.data}: give --test, other images for the null, or say --no-null"
-        )
+        raise ValueError(f"--data {args.data}: give --test, other images, or say --no-null")
     return args, sampler_options(args, args.steps, "respaced")
 
 
@@ -326,9 +305,8 @@ def load_sets(args, options, device):
     samples = [open_samples(path, args, options, device) for path in args.samples]
     names = args.names or [name for name, _, _ in samples]
     if len(set(names) | {NULL}) <= len(names) or len(names) != len(samples):
-        raise ValueError(
-            f"--names: need {len(samples)} different names, one per sample, not {' '.join(names)}"
-        )
+        need = f"need {len(samples)} different names, one per sample"
+        raise ValueError(f"--names: {need}, not {' '.join(names)}")
     train, _ = load_images(args.data, args.image_size, root=args.data_root)
     sets = {name: images for name, (_, _, images) in zip(names, samples)}
     sizes = {path: size for path, (_, size, _) in zip(args.samples, samples)}
@@ -338,10 +316,8 @@ def load_sets(args, options, device):
         sizes["--test"] = test.shape[1]
     for path, size in sizes.items():
         if size != train.shape[1]:
-            raise ValueError(
-                f"{path}: images of {size} x {size}, --data of {train.shape[1]} x "
-                f"{train.shape[1]}; give --image-size {size}"
-            )
+            what = f"images of {size} x {size}, but --data of {train.shape[1]}"
+            raise ValueError(f"{path}: {what}; give --image-size {size}")
     return sets, train
 
 

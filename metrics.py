@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data import seed_at
 from losses import NoiseSchedule
-from outputs import read_cache
+from outputs import read_cache, reason
 
 # --------------------------------------------------------------------------------------------------
 # distances between sets of features
@@ -326,7 +326,7 @@ class Inception(torch.nn.Module):
         except Exception as e:  # no network, or a file that is not these weights
             raise ValueError(
                 f"Inception weights could not be {'read from ' + str(weights) if weights else 'downloaded'} "
-                f"({(str(e) or type(e).__name__).splitlines()[0]}); give --inception-weights PATH to "
+                f"({reason(e)}); give --inception-weights PATH to "
                 "pt_inception-2015-12-05-6726825d.pth, or --features CHECKPOINT"
             ) from None
         finally:

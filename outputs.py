@@ -2,6 +2,7 @@
 records, tables, samples, the colours of figures."""
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -21,14 +22,14 @@ os.environ["MPLBACKEND"] = "Agg"  # before the import: a notebook's may not be i
 import matplotlib  # noqa: E402, F401, part of this file's interface
 import matplotlib.pyplot as plt  # noqa: E402, F401
 
-try:
-    import fcntl
-except ImportError:  # not on Windows, where two runs in one folder go unnoticed
-    fcntl = None
-
 
 class Failed(Exception):
     """Work that failed for no fault of the input: its message is the line to show, exit code 1."""
+
+
+def reason(e):
+    """The first line of what an exception says."""
+    return (str(e).splitlines() or [type(e).__name__])[0]
 
 
 LOCKS = {}  # of this process: folder -> the open file that holds the lock
@@ -52,8 +53,7 @@ def claim(out, overwrite=False):
     except OSError as e:
         raise ValueError(f"--out {out}: cannot be written to ({e.strerror})") from None
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:  # other errors: a file system without locks
         file.seek(0)
         holder = file.read().strip()
@@ -81,10 +81,6 @@ def owner_of(out):
     """The script that wrote the folder, or None."""
     with contextlib.suppress(OSError, IndexError):
         return (out / ".owner").read_text().split()[0]
-    # from before there were owners
-    with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
-        return json.loads((out / "metrics.json").read_text())["command"].split()[1]
-    return None
 
 
 def release():
@@ -98,27 +94,23 @@ class Unread:
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")
+        if hasattr(self.stream, "reconfigure"):  # é in a terminal of ASCII
+            self.stream.reconfigure(errors="replace")
 
     def write(self, text):
-        try:
-            return self.stream.write(text)
-        except UnicodeEncodeError:
-            coding = self.stream.encoding
-            return self.stream.write(text.encode(coding, "replace").decode(coding))
-        except (OSError, ValueError):  # a closed pipe, a full disk; ValueError: a closed file
-            self.drop()
-            return len(text)
+        self.attempt("write", text)
+        return len(text)
 
     def flush(self):
-        try:
-            self.stream.flush()
-        except (OSError, ValueError):
-            self.drop()
+        self.attempt("flush")
 
-    def drop(self):
-        with contextlib.suppress(OSError, ValueError):  # or Python complains once more at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-        self.stream = open(os.devnull, "w")
+    def attempt(self, action, *text):
+        try:
+            getattr(self.stream, action)(*text)
+        except (OSError, ValueError):  # a closed pipe, a full disk; ValueError: a closed file
+            with contextlib.suppress(OSError, ValueError):  # or Python complains at its end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            self.stream = open(os.devnull, "w")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -184,7 +176,7 @@ def read_json(path):
     try:
         content = json.loads(Path(path).read_text())
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: not a whole JSON file ({str(e).splitlines()[0]})") from None
+        raise ValueError(f"{path}: not a whole JSON file ({reason(e)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds no object, but a {type(content).__name__}")
     return content
@@ -199,8 +191,7 @@ def read_arrays(path, *names):
         with np.load(path) as f:
             return [f[name] for name in names]
     except Exception as e:  # each part of the file has its own ways to be damaged
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise ValueError(f"{path}: no .npz with {', '.join(names)} ({reason})") from None
+        raise ValueError(f"{path}: no .npz with {', '.join(names)} ({reason(e)})") from None
 
 
 def read_cache(path, *names):

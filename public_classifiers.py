@@ -20,7 +20,7 @@ import torchvision
 from torch import nn
 
 from runtime import load_checkpoint
-from weights import same_shape
+from weights import refuse_other_shapes
 
 NORMALISATIONS = {  # mean, std
     "none": ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0]),
@@ -171,9 +171,6 @@ def torchvision_network(name, state, size=0, path="state"):
         size = options["image_size"] = side
     with torch.device("meta"):  # nothing is drawn at random, no memory is taken
         network = torchvision.models.get_model(name, **options)
-    wanted = network.state_dict()
-    different = [key for key in {**wanted, **state} if not same_shape(wanted, state, key)]
-    if different:
-        raise ValueError(f"{path}: not of {name}: {len(different)} tensors differ ({different[0]})")
+    refuse_other_shapes(network.state_dict(), state, f"{path}: not of {name}: ")
     network.load_state_dict(state, assign=True)
     return network, size or 224

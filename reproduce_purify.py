@@ -240,8 +240,8 @@ def ablations(found):
         found.purify(f"units-nfe-{nfe}", ["Table 15"], units, ["ddpm"], both, nfe=nfe)
     found.purify("linf-attacked", ["Table 12"], ["linf"], ["ddpm", "ddim"], both)
     score = ["--fid", "--features", str(found.work / "classifier/classifier.pt")]
-    if found.args.size == "full":
-        weights = found.args.inception_weights
+    weights = found.args.inception_weights
+    if weights or found.args.size == "full":
         score = ["--fid"] + (["--inception-weights", weights] if weights else [])
     for folder in ("ddpm", "plain", "addt", "linf"):
         argv = ["sample.py", "--ckpt", found.ckpt(folder), *found.size["fid"], *score]

@@ -29,9 +29,8 @@ def add_arguments(parser, sizes):
     add("--test", metavar="NAME", help="held-out images, for folder:PATH")
     add("--data-root", default="data")
     add("--inception-weights", metavar="PATH", help="FID and IS by a local copy of Inception")
-    add(
-        "--minutes", type=between(0, above=True), help="stop after so long; the same line continues"
-    )
+    positive = between(0, above=True)
+    add("--minutes", type=positive, help="stop after so long; the same line continues")
     add("--dry-run", action="store_true", help="print the commands and what is done")
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     add("--seed", type=SEED, default=0)

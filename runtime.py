@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 import outputs
-from outputs import METHOD_STYLE, write_metrics  # noqa: F401, part of this file's interface
+from outputs import METHOD_STYLE, reason, write_metrics  # noqa: F401, part of this file's interface
 
 # --------------------------------------------------------------------------------------------------
 # device, precision, layout
@@ -178,10 +178,9 @@ def exit_code(e):
 def one_line(e):
     if isinstance(e, KeyboardInterrupt):
         return "interrupted"
-    first = (str(e).splitlines() or [""])[0]
     if isinstance(e, (ValueError, OSError, outputs.Failed)):
-        return first or type(e).__name__
-    return f"failed ({type(e).__name__}: {first}); TRACEBACK=1 shows where"
+        return reason(e)
+    return f"failed ({type(e).__name__}: {reason(e)}); TRACEBACK=1 shows where"
 
 
 def refuse(parser, message):
@@ -201,9 +200,8 @@ def between(low, high=None, kind=float, above=False, below=False):
 
     def parse(text):
         value = kind(text)
-        if not (low <= value <= high and abs(value) < math.inf):
-            raise argparse.ArgumentTypeError(f"{text}: must lie in {left}{low}, {high}{right}")
-        if (above and value == low) or (below and value == high):
+        at_open_end = (above and value == low) or (below and value == high)
+        if at_open_end or not (low <= value <= high and abs(value) < math.inf):
             raise argparse.ArgumentTypeError(f"{text}: must lie in {left}{low}, {high}{right}")
         return value
 
@@ -365,9 +363,8 @@ def save_checkpoint(path, ckpt):
             os.remove(tmp)
         if isinstance(e.__context__, OSError):  # torch hides a full disk behind its own error
             e = e.__context__
-        reason = str(e).splitlines()[0]
         raise outputs.Failed(
-            f"{path}: could not save the checkpoint ({reason}); the previous one is intact"
+            f"{path}: could not save the checkpoint ({reason(e)}); the previous one is intact"
         ) from None
 
 
@@ -383,12 +380,10 @@ def load_checkpoint(path):
                     raise EOFError("damaged")
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path}: refused, not a file of tensors and plain values (it may execute code)"
-        ) from None
+        why = "not a file of tensors and plain values (it may execute code)"
+        raise ValueError(f"{path}: refused, {why}") from None
     except Exception as e:  # each part of the file has its own ways to be damaged
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise ValueError(f"{path}: truncated or not a checkpoint ({reason})") from None
+        raise ValueError(f"{path}: truncated or not a checkpoint ({reason(e)})") from None
     if not isinstance(ckpt, dict):
         raise ValueError(f"{path}: not a checkpoint (holds a {type(ckpt).__name__}, not a dict)")
     return ckpt

@@ -61,9 +61,7 @@ def add_arguments(parser):
     add("--data", metavar="NAME", help="reference set of --fid; default: that of the training")
     add("--data-root", default="data")
     add("--features", metavar="CHECKPOINT", help="Fréchet distance in its features instead of FID")
-    add(
-        "--inception-weights", metavar="PATH", help="a copy of pt_inception-2015-12-05-6726825d.pth"
-    )
+    add("--inception-weights", metavar="PATH", help="pt_inception-2015-12-05-6726825d.pth")
 
 
 def sampler_options(args, steps, spacing):
@@ -122,10 +120,7 @@ def load_model(path, args, device):
         net, size, trained = UNet.from_diffusers(path), weights.sample_size(path), {}
     else:
         ckpt = load_checkpoint(path)
-        try:
-            net = UNet.load(ckpt, ema=not args.raw)
-        except ValueError as e:
-            raise ValueError(f"{path}: {e}") from None
+        net = UNet.load(ckpt, ema=not args.raw, name=path)
         size = ckpt.get("image_size")
         trained = ckpt.get("args")
     if not (isinstance(size, int) and 4 <= size <= 4096 and isinstance(trained, dict)):
@@ -223,9 +218,7 @@ def features_network(features, inception_weights):
 def reference_name(args, trained):
     """The set whose clean images --fid compares with."""
     if not (args.data or trained.get("data")):
-        raise ValueError(
-            "--fid: a checkpoint of diffusers does not say what it was trained on; give --data NAME"
-        )
+        raise ValueError("--fid: diffusers' checkpoints name no training set; give --data NAME")
     return args.data or trained["data"]
 
 
@@ -263,10 +256,7 @@ def prepare_scorer(models, args):
         return None
     scorer = features_network(args.features, args.inception_weights)
     if args.n < 10_000:
-        print(
-            f"note: n = {args.n}; distances and IS from fewer than 10,000 images do not compare "
-            "with published ones"
-        )
+        print(f"note: n = {args.n}; scores of fewer than 10,000 images are no published ones")
     return scorer
 
 
@@ -332,9 +322,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--ckpt", required=True, help="a checkpoint or folder of train.py, or a folder of diffusers"
-    )
+    add("--ckpt", required=True, help="a checkpoint or folder of train.py, a folder of diffusers")
     count = between(1, kind=int)
     add("--n", type=count, default=10_000, help="images; FID below 10,000 is biased upwards")
     add("--steps", type=int, help="default: ddpm 1000, ddim 100, heun 18 (noise levels)")
@@ -342,18 +330,12 @@ def main():
     add("--out", default="samples")
     add("--fid", action="store_true", help="FID and IS against the clean images of --data")
     add("--png", action=argparse.BooleanOptionalAction, default=True, help="write the PNG folder")
-    add(
-        "--export",
-        metavar="FOLDER",
-        help="write the network for diffusers' DDPMPipeline, no images",
-    )
+    add("--export", metavar="FOLDER", help="write the network for diffusers, and no images")
     add_arguments(parser)
     args, rest = parser.parse_known_args()
     if rest:
-        raise ValueError(
-            f"{' '.join(rest)}: not understood; for several --ckpt, --steps or "
-            "--spacing use compare.py"
-        )
+        why = "not understood; for several --ckpt, --steps or --spacing use compare.py"
+        raise ValueError(f"{' '.join(rest)}: {why}")
     idle = runtime.idle_flags(parser)
     idle(not args.fid, f"data {UNSCORED}", "without --fid")
     if args.export:

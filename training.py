@@ -93,10 +93,8 @@ def load_data(args, net, classifier, ckpt, device, world):
     some = images[:: len(images) // 2000 + 1]  # up to 2,000 of them, and their number, tell a set
     data.key = metrics.images_key(f"{len(images)}", some)
     if ckpt and ckpt.get("data_key", data.key) != data.key:
-        raise ValueError(
-            f"--data {args.data}: not the images that {args.out} was trained on until step "
-            f"{ckpt['step']}; start another --out"
-        )
+        what = f"not the images that {args.out} was trained on until step {ckpt['step']}"
+        raise ValueError(f"--data {args.data}: {what}; start another --out")
     if classifier:
         refuse_labels(classifier, args.classifier, data.labels, args.data)
     if args.batch_size > len(data):
@@ -110,9 +108,8 @@ def prepare_run(args, ckpt, device, rank, world):
     """What stays the same in a run: device, rank, world, out, net, classifier, data, sigma_y."""
     out = Path(args.out)
     if (out / "ckpt.pt").exists() and not (args.resume or args.overwrite):
-        raise ValueError(
-            f"--out {out}: holds a checkpoint; --resume continues it, --overwrite starts again"
-        )
+        how = "--resume continues it, --overwrite starts again"
+        raise ValueError(f"--out {out}: holds a checkpoint; {how}")
     net = build(args)
     classifier = load_classifier(args.classifier, device, args.compile) if args.classifier else None
     if rank == 0:
@@ -140,10 +137,8 @@ def judge(args, data, ckpt, device, world):
         dist.broadcast(sigma_y, 0)
     clean = int((sigma_y == 0).sum())
     if args.drop_noisy and args.batch_size > clean:
-        raise ValueError(
-            f"--drop-noisy: judges {clean} of {len(data)} images clean, fewer than "
-            f"--batch-size {args.batch_size}; a higher --noisy-above keeps more"
-        )
+        what = f"{clean} of {len(data)} images clean, fewer than --batch-size {args.batch_size}"
+        raise ValueError(f"--drop-noisy: judges {what}; a higher --noisy-above keeps more")
     return sigma_y
 
 
@@ -183,9 +178,9 @@ def check_objective(args, objectives):
     for name in sorted(args.given):
         users = [method for method, (_, flags, _) in objectives.items() if name in flags]
         if users and name not in mine:
+            only = ", ".join(users)
             raise ValueError(
-                f"{flag(name)}: has no effect with --robust {args.robust}, only with "
-                f"{', '.join(users)}"
+                f"{flag(name)}: has no effect with --robust {args.robust}, only {only}"
             )
     if args.drop_noisy and args.robust == "ambient":
         raise ValueError("--drop-noisy: leaves --robust ambient nothing to do; choose one of them")
@@ -193,10 +188,8 @@ def check_objective(args, objectives):
         if not (args.init or args.resume):
             raise ValueError("--robust addt: fine-tunes a trained model; give --init PATH")
         if args.addt_guide == "classifier" and not args.classifier:
-            raise ValueError(
-                "--addt-guide classifier: needs --classifier PATH, a checkpoint of "
-                "classifier.py; or choose mse or none"
-            )
+            need = "needs --classifier PATH, of classifier.py; or choose mse or none"
+            raise ValueError(f"--addt-guide classifier: {need}")
         if args.addt_perturb == "rbgm" and (args.addt_max or 0) > 1:
             raise ValueError(f"--addt-max {args.addt_max}: at most 1 with --addt-perturb rbgm")
         if args.addt_guide != "classifier" and args.classifier:
@@ -222,22 +215,13 @@ def resume(args, path, change):
         wrong = ["args"]
     if wrong or ckpt["kind"] != "unet" or ckpt["step"] < 0:
         raise ValueError(f"{path}: not a checkpoint of train.py that can be resumed {wrong}")
-    if "reg_last" not in ckpt["args"]:  # written before there was a second phase
-        ckpt["args"] |= dict(reg_last=1.0, reg_share=1.0, reg_lr=1.0)
-    ckpt["args"].setdefault("reg_from", 0)
-    if "beta1" not in ckpt["args"]:  # written before these were flags
-        decay = 0.01 if ckpt["args"].get("optimizer") == "adamw" else 0.0
-        ckpt["args"] |= dict(beta1=0.9, weight_decay=decay, ema_ramp="tenth")
-    if ckpt["args"].get("amp") == "auto" and not torch.cuda.is_available():
-        ckpt["args"]["amp"] = "fp32"  # what auto meant on a CPU before it was stored by name
     for name, value in ckpt["args"].items():
         if name not in args.given or (name == "amp" and args.amp == "auto"):
             setattr(args, name, value)
         elif name not in FREE and getattr(args, name) != value:
-            raise ValueError(
-                f"{flag(name)} {getattr(args, name)}: the checkpoint {path} was trained with "
-                f"{value}; drop the flag or start in another --out"
-            )
+            what = f"the checkpoint {path} was trained with {value}"
+            how = "drop the flag or start in another --out"
+            raise ValueError(f"{flag(name)} {getattr(args, name)}: {what}; {how}")
     if args.iters < ckpt["step"]:
         raise ValueError(f"--iters {args.iters}: {path} is at step {ckpt['step']} already")
     before = change(SimpleNamespace(**ckpt["args"]))
@@ -264,8 +248,8 @@ def restore(state, ckpt):
         if ckpt["scaler"]:  # it is empty unless that was fp16
             state.scaler.load_state_dict(ckpt["scaler"])
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as e:
-        reason = str(e).splitlines()[0]
-        raise ValueError(f"--resume: not a checkpoint of this network ({reason})") from None
+        why = outputs.reason(e)
+        raise ValueError(f"--resume: not a checkpoint of this network ({why})") from None
     return ckpt["step"]
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 import weights
 from rng import scramble
-from runtime import load_checkpoint
+from runtime import load_checkpoint, reason
 
 PRESETS = {
     # DDPM on CIFAR-10, attention at 16x16: 35.7 M parameters.
@@ -283,14 +283,13 @@ class UNet(nn.Module):
         return (F.pixel_shuffle(h, self.patch) if self.patch > 1 else h).to(x.dtype)
 
     @classmethod
-    def load(cls, checkpoint, ema=True):
+    def load(cls, checkpoint, ema=True, name="checkpoint"):
         """The network of a train.py checkpoint (path or loaded dict), in eval mode; ema=False for
-        the raw weights.
+        the raw weights; name: of a dict, in messages.
         """
         ckpt = checkpoint
         if isinstance(checkpoint, (str, os.PathLike)):
-            ckpt = load_checkpoint(checkpoint)
-        name = checkpoint if ckpt is not checkpoint else "checkpoint"
+            ckpt, name = load_checkpoint(checkpoint), checkpoint
         if ckpt.get("kind") != "unet":
             raise ValueError(f"{name}: holds no UNet (train.py's checkpoints do)")
         return weights.fitted(cls, ckpt, "ema" if ema else "model", name).eval()
@@ -309,10 +308,8 @@ class UNet(nn.Module):
             ckpt = dict(config=config | dict(dropout=dropout), model=state)
             return weights.fitted(cls, ckpt, "model", "file").eval()
         except Exception as e:  # whatever may stand in another's file
-            reason = (str(e) or type(e).__name__).splitlines()[0]
-            raise ValueError(
-                f"{name}: not a UNet2DModel of the ddpm-cifar10-32 family ({reason})"
-            ) from None
+            why = f"not a UNet2DModel of the ddpm-cifar10-32 family ({reason(e)})"
+            raise ValueError(f"{name}: {why}") from None
 
     def to_diffusers(self, folder, image_size=32):
         """Write a folder that diffusers' DDPMPipeline.from_pretrained opens; the inverse of

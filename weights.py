@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from outputs import read_json
+from outputs import read_json, reason
 from runtime import load_checkpoint
 
 NAMES = [  # diffusers', as a pattern; here
@@ -95,15 +95,10 @@ def fitted(cls, ckpt, part, name):
             if not plausible(value):
                 raise ValueError(f"config holds {value!r}")
         with torch.device("meta"):
-            wanted = cls(**config).state_dict()
-        different = [key for key in {**wanted, **state} if not same_shape(wanted, state, key)]
-        if different:
-            raise ValueError(f"{len(different)} tensors differ, such as {different[0]}")
+            refuse_other_shapes(cls(**config).state_dict(), state)
     except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as e:
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise ValueError(
-            f"{name}: its weights do not fit its config, so it is of another architecture ({reason})"
-        ) from None
+        why = f"its weights do not fit its config, so it is of another architecture ({reason(e)})"
+        raise ValueError(f"{name}: {why}") from None
     for key, value in state.items():
         if not value.isfinite().all():
             raise ValueError(f"{name}: {key} is not finite; did training diverge?")
@@ -119,11 +114,18 @@ def plausible(value):
     return isinstance(value, (int, float)) and abs(value) <= 10_000
 
 
-def same_shape(wanted, state, key):
-    tensors = wanted.get(key), state.get(key)
-    if not all(isinstance(value, torch.Tensor) for value in tensors):
-        return False
-    return tensors[0].shape == tensors[1].shape and tensors[0].dtype == tensors[1].dtype
+def refuse_other_shapes(wanted, state, what=""):
+    """Raises ValueError where a tensor is missing, left over, or of another shape or dtype."""
+
+    def kinds(tensors):
+        return {
+            (key, getattr(x, "shape", None), getattr(x, "dtype", None))
+            for key, x in tensors.items()
+        }
+
+    different = sorted({str(key) for key, _, _ in kinds(wanted) ^ kinds(state)})
+    if different:
+        raise ValueError(f"{what}{len(different)} tensors differ, such as {different[0]}")
 
 
 def renamed(key, names):
@@ -202,8 +204,7 @@ def read_safetensors(path):
     try:
         return load_file(path)
     except Exception as e:  # safetensors' own error derives from Exception alone
-        reason = str(e).splitlines()[0]
-        raise ValueError(f"{path}: truncated or not a safetensors file ({reason})") from None
+        raise ValueError(f"{path}: truncated or not a safetensors file ({reason(e)})") from None
 
 
 def to_diffusers(state):

@@ -219,9 +219,9 @@ def test_dinov2_from_a_local_clone(run, root, monkeypatch):
     "args, sets, message",
     [
         ("--samples missing.npz", None, "missing.npz"),
-        ("--samples other.npz", None, "`images`"),
-        ("--samples hub/hubconf.py", None, "hubconf.py: need"),
-        ("--samples empty", None, "--samples"),
+        ("--samples other.npz", None, "no .npz with images"),
+        ("--samples hub/hubconf.py", None, "hubconf.py: no .npz"),
+        ("--samples empty", None, "empty: holds no images"),
         ("--samples classifier.pt", None, "holds no UNet"),
         ("--samples copies.npz --features ckpt.pt", None, "holds no classifier"),
         (

@@ -31,16 +31,6 @@ def test_a_folder_of_another_script_is_refused(tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-def test_a_folder_from_before_there_were_owners(tmp_path, monkeypatch):
-    (tmp_path / "metrics.json").write_text('{"command": "python train.py --iters 3"}')
-    monkeypatch.setattr(sys, "argv", ["sample.py"])
-    with pytest.raises(ValueError, match="train.py"):
-        outputs.claim(tmp_path)
-    outputs.claim(tmp_path, overwrite=True)
-    outputs.release()
-    assert outputs.owner_of(tmp_path) == "sample.py"
-
-
 def test_two_processes_do_not_write_in_one_folder(tmp_path, monkeypatch):
     hold = f"outputs.claim({str(tmp_path)!r}); print('held', flush=True); time.sleep(60)"
     process = script(hold, stdout=subprocess.PIPE)
@@ -80,7 +70,7 @@ def test_a_reader_that_goes_away_does_not_stop_the_work(tmp_path):
         (FileNotFoundError(2, "No such file", "a"), 2, "x.py: [Errno 2] No such file: 'a'"),
         (OSError(28, "No space left on device"), 1, "x.py: [Errno 28] No space left on device"),
         (outputs.Failed("a: not saved"), 1, "x.py: a: not saved"),
-        (MemoryError(), 1, "x.py: failed (MemoryError: ); TRACEBACK=1 shows where"),
+        (MemoryError(), 1, "x.py: failed (MemoryError: MemoryError); TRACEBACK=1 shows where"),
         (RuntimeError("a\nb"), 1, "x.py: failed (RuntimeError: a); TRACEBACK=1 shows where"),
         (KeyboardInterrupt(), 128 + signal.SIGINT, "x.py: interrupted"),
     ],

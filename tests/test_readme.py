@@ -1,8 +1,10 @@
 """The README's commands exist, and no script writes over what another wrote."""
 
 import importlib
+import os
 import re
 import shlex
+import sys
 import zlib
 from pathlib import Path
 
@@ -126,9 +128,16 @@ def state(folder):
     return found
 
 
+def unread():
+    """A stream without a reader."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
 def test_commands_of_the_readme_write_where_they_say(in_small, monkeypatch):
     """All of them in one folder: each writes into its --out and the cache alone, and only over what
-    the same script wrote."""
+    the same script wrote; and that nobody reads their output, as behind `| head`, stops none."""
     repository = {path.name for path in ROOT.iterdir()}
     claim = outputs.claim
     claimed = []
@@ -142,6 +151,8 @@ def test_commands_of_the_readme_write_where_they_say(in_small, monkeypatch):
     def run(script, argv):
         before = state(in_small)
         claimed.clear()
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, unread())
         assert call(importlib.import_module(script[:-3]), *argv) == 0, (script, argv)
         if script in LISTS:  # each of its commands has come by here
             return

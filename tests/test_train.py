@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--model tiny --image-size 8 --data synthetic:64 --batch-size 8 --device cpu --sample-every 0 --log-every 1"
 SMALL = [*SMALL.split(), "--amp", "fp32"]
 NOISY = "--p 0.9 --sigma 0.2".split()
-ADV = "--robust adv --reg-last 1 --reg-share 1".split()  # Eq. 10 as P1 prints it
+ADV = "--robust adv --reg-last 1 --reg-share 1 --reg-from 0".split()  # Eq. 10 as P1 prints it
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -779,7 +779,7 @@ def test_bf16_update_is_autocast(method):
     torch.manual_seed(0)
     net = UNet(channels=(32, 32), attention=(False, True), blocks=1, dropout=0.0)
     torch.nn.init.normal_(net.conv_out.weight, std=0.1)
-    paper = [] if method == "none" else "--reg-last 1 --reg-share 1".split()
+    paper = [] if method == "none" else "--reg-last 1 --reg-share 1 --reg-from 0".split()
     args = train.parse_args(
         [*f"--lr 0.01 --warmup 0 --clip-grad 0 --amp bf16 --robust {method}".split(), *paper]
     )
