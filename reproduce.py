@@ -70,7 +70,8 @@ CLEAN = []
 DDPM = ["--robust", "none"]
 LATE = ["--robust", "adv"]  # this project's own: in the last steps, on a share of the rows
 LATE_RAN = ["--robust", "ran"]
-P1 = "--reg-last 1 --reg-share 1".split()  # Eq. 10 in every step, on every row, as P1 prints it
+# Eq. 10 in every step, on every row, at every t, as P1 prints it
+P1 = "--reg-last 1 --reg-share 1 --reg-from 0".split()
 ADV = ["--robust", "adv", *P1]
 RAN = ["--robust", "ran", *P1]
 INVARIANT = ["--robust", "inv-adv", *P1]

@@ -8,7 +8,7 @@
 The claim (P1): with 90 % of the training images noisy, plain DDPM learns to draw the noise; with
 the equivariance regulariser of Eq. 10 the same network on the same images draws clean ones. Here
 the regulariser acts in the last share --reg-last of the steps, on a share --reg-share of each
-batch; --reg-last 1 --reg-share 1 is the setting that P1 prints.
+batch, on t >= --reg-from; --reg-last 1 --reg-share 1 --reg-from 0 is the setting that P1 prints.
 
 Leaves --out/ckpt.pt (raw and EMA weights, optimizer, settings), metrics.jsonl, loss.png, grid.png
 and metrics.json. All randomness is a function of (--seed, step): a resumed run equals an
@@ -123,7 +123,7 @@ def parse_args(argv=None):
     add("--detach", action="store_true", help="no gradient through eps(x_t) in L_reg (ours)")
     add("--reg-last", type=part, default=0.1, help="L_reg acts in the last share of the steps")
     add("--reg-share", type=part, default=0.25, help="L_reg acts on this share of a batch")
-    add("--reg-from", type=between(0, 999, int), default=0, help="L_reg acts on t >= this (ours)")
+    add("--reg-from", type=between(0, 999, int), default=5, help="L_reg acts on t >= this (ours)")
     add("--reg-lr", type=part, default=0.5, help="times --lr where L_reg follows plain DDPM (ours)")
     add("--drop-noisy", action="store_true", help="leave out images judged noisy (a rival, ours)")
     add("--noisy-above", type=number, default=0.08, help="noise at which an image is judged noisy")

@@ -34,7 +34,7 @@ def test_commands_are_those_of_the_table(tmp_path):
     assert "--drop-noisy --p 0.9 --sigma 0.2 --model" in trained["drop-0.9-0.2-seed1"]
     assert "--seed 4 " in trained["drop-0.9-0.2-seed1"] and "--seed 3 " in trained["drop-0.9-0.2"]
     assert (
-        "--robust adv --reg-last 1 --reg-share 1 --p 0.3 --corrupt outliers --model"
+        "--robust adv --reg-last 1 --reg-share 1 --reg-from 0 --p 0.3 --corrupt outliers --model"
         in trained["adv-0.3-outliers"]
     )
     assert (
