@@ -95,7 +95,7 @@ class Unread:
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")
         if hasattr(self.stream, "reconfigure"):  # é in a terminal of ASCII
-            self.stream.reconfigure(errors="replace")
+            self.attempt("reconfigure", errors="replace")
 
     def write(self, text):
         self.attempt("write", text)
@@ -104,9 +104,9 @@ class Unread:
     def flush(self):
         self.attempt("flush")
 
-    def attempt(self, action, *text):
+    def attempt(self, action, *text, **options):
         try:
-            getattr(self.stream, action)(*text)
+            getattr(self.stream, action)(*text, **options)
         except (OSError, ValueError):  # a closed pipe, a full disk; ValueError: a closed file
             with contextlib.suppress(OSError, ValueError):  # or Python complains at its end
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
