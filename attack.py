@@ -18,7 +18,6 @@ alone, up to the network's rounding, which can turn the sign of a gradient near 
 sample of sample.py, bit for bit.
 """
 
-import argparse
 import itertools
 import sys
 import time
@@ -135,9 +134,7 @@ def score(images, counts, kind, args, scorer, data, device):
 
 def parse():
     """-> args, and the sampler's options; what cannot work is refused."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runtime.parser(__doc__)
     add = parser.add_argument
     shares = dict(type=between(0, 1), nargs="+", default=[0, 0.25, 0.5, 0.75, 1])
     positive = between(0, above=True)
@@ -187,7 +184,7 @@ def load(args, device, rank):
         return models, None
     sizes = sorted({size for _, size, _ in models.values()})
     if len(sizes) > 1:
-        raise ValueError(f"--ckpt: image sizes {sizes} differ; --fid needs one, --image-size")
+        raise ValueError(f"--ckpt: image sizes {sizes} differ; --fid needs one; give --image-size")
     return models, sample.prepare_scorer(models, args) if rank == 0 else None
 
 
@@ -236,9 +233,7 @@ def main():
         runtime.write_metrics(out, started, seed=args.seed, device=device, **settings)
         print((out / "table.csv").read_text(), end="")
         print(f"{violated} checks violated -> {out}/attack.png, rows.png, metrics.json")
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    runtime.leave(world)
 
 
 def table(record):

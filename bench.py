@@ -40,9 +40,9 @@ METHODS = ["none", *(m for m, (_, flags, _) in train.OBJECTIVES.items() if "reg_
 
 
 def settings(method, amp="auto"):
-    """train.py's own, without warm-up; the regulariser on every row from the start, as in P1."""
-    flags = ["--robust", method, "--amp", amp, "--warmup", "0", "--reg-last", "1"]
-    return train.parse_args([*flags, "--reg-share", "1"])
+    """train.py's own, without warm-up; the regulariser always and everywhere, as in P1."""
+    flags = ["--robust", method, "--amp", amp, "--warmup", "0"]
+    return train.parse_args([*flags, *"--reg-last 1 --reg-share 1 --reg-from 0".split()])
 
 
 def draws(data, B, device, dropout=0.0):

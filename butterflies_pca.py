@@ -20,7 +20,6 @@ Leaves --out/samples.npz (condition/method: (n, D) in [-1, 1] data units; mu (D,
 rows.png (Fig. 3a), curves.png (Fig. 3b), table.md and metrics.json.
 """
 
-import argparse
 import copy
 import math
 import time
@@ -147,9 +146,7 @@ def rate(step, iters):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runtime.parser(__doc__)
     add = parser.add_argument
     count = between(1, kind=int)
     share = between(0, 1, above=True)

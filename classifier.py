@@ -167,9 +167,7 @@ def accuracy(net, data, batch_size, cast):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runtime.parser(__doc__)
     add = parser.add_argument
     positive = between(0, 1e6, above=True)
     add("--data", default="synthetic", metavar="NAME", help=NAMES)

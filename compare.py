@@ -43,9 +43,7 @@ def run_name(args, path, steps, spacing):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runtime.parser(__doc__)
     add = parser.add_argument
     add("--ckpt", required=True, nargs="+", help="checkpoints or folders, as of sample.py")
     count = dict(type=between(1, kind=int), default=10_000)

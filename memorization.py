@@ -17,7 +17,6 @@ metrics.json.
 
 import argparse
 import hashlib
-import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -88,10 +87,7 @@ def unit_features(network, images, args, device, desc, key=None):
         what = f"NaN or infinite features (--features {args.features})"
         raise ValueError(f"{desc}: {bad} of {len(images)} images have {what}")
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_suffix(f".{os.getpid()}.tmp.npz")
-        np.savez(tmp, features=features)
-        os.replace(tmp, path)
+        outputs.write_cache(path, features=features)
     return F.normalize(torch.from_numpy(features))
 
 
@@ -162,6 +158,8 @@ def is_checkpoint(path):
 
 def open_samples(path, args, options, device):
     """--samples PATH -> its name, image size S, a function that gives images (n, S, S, 3) uint8."""
+    if not Path(path).exists():
+        raise ValueError(f"--samples {path}: no such folder, checkpoint or .npz file")
     path = Path(path).resolve()
     if path.is_dir():
         name = path.name
@@ -172,7 +170,10 @@ def open_samples(path, args, options, device):
         n = args.n or 50_000
         return name, size, lambda: sample_uint8(model, size, n, args, options, device, 0, 1)
     if path.is_dir() and not (path / "samples.npz").is_file():
-        images = load_images(f"folder:{path}", root=args.data_root)[0]
+        try:
+            images = load_images(f"folder:{path}", args.image_size, root=args.data_root)[0]
+        except ValueError as e:
+            raise ValueError(f"--samples {path}: {e}") from None
     else:
         images = read_npz(path / "samples.npz" if path.is_dir() else path)
     return name, images.shape[1], lambda: images[: args.n]
@@ -259,11 +260,7 @@ def pairs(results, train, title, path, columns=8):
 
 
 def parse():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        conflict_handler="resolve",
-    )
+    parser = runtime.parser(__doc__, conflict_handler="resolve")
     add = parser.add_argument
     add_arguments(parser)
     count = between(1, kind=int)

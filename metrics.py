@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data import seed_at
 from losses import NoiseSchedule
-from outputs import read_cache, reason
+from outputs import read_cache, reason, write_cache
 
 # --------------------------------------------------------------------------------------------------
 # distances between sets of features
@@ -367,10 +367,7 @@ def reference_moments(network, network_key, images, cache, batch_size=250, devic
     if found:
         return found
     mu, cov = moments(extract(network, images, batch_size, device, "reference")[0])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_suffix(f".{os.getpid()}.tmp.npz")
-    np.savez(tmp, mu=mu, cov=cov)
-    os.replace(tmp, path)
+    write_cache(path, mu=mu, cov=cov)
     return mu, cov
 
 

@@ -29,7 +29,7 @@ class Failed(Exception):
 
 def reason(e):
     """The first line of what an exception says."""
-    return (str(e).splitlines() or [type(e).__name__])[0]
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 
 LOCKS = {}  # of this process: folder -> the open file that holds the lock
@@ -95,7 +95,7 @@ class Unread:
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")
         if hasattr(self.stream, "reconfigure"):  # é in a terminal of ASCII
-            self.attempt("reconfigure", errors="replace")
+            self.attempt("reconfigure", errors="backslashreplace")
 
     def write(self, text):
         self.attempt("write", text)
@@ -107,6 +107,8 @@ class Unread:
     def attempt(self, action, *text, **options):
         try:
             getattr(self.stream, action)(*text, **options)
+        except UnicodeEncodeError:  # of a stream that cannot be reconfigured
+            pass
         except (OSError, ValueError):  # a closed pipe, a full disk; ValueError: a closed file
             with contextlib.suppress(OSError, ValueError):  # or Python complains at its end
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
@@ -202,6 +204,14 @@ def read_cache(path, *names):
         return read_arrays(path, *names)
     except ValueError as e:
         print(f"{e}; computed anew")
+
+
+def write_cache(path, **arrays):
+    """An .npz file for read_cache; at every moment the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_suffix(f".{os.getpid()}.tmp.npz")
+    np.savez(tmp, **arrays)
+    os.replace(tmp, path)
 
 
 def write_table(path, rows):

@@ -25,7 +25,6 @@ Figs. 7, 8), with --landscape landscape.png (Figs. 1, 3). Image i and all its no
 """
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -187,9 +186,7 @@ def run_attack(net, images, args, run, where, bar, done):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runtime.parser(__doc__)
     add = parser.add_argument
     count = dict(type=between(1, kind=int))
     variances = ["fixed-large", "fixed-small"]
@@ -288,14 +285,10 @@ def load(args, device, world):
     refuse_other_classes(f"--classifier {args.classifier}", classifier.classes, args.data)
     names = sample.folder_names(args.ckpt)
     models = {name: load_network(path, args, device) for name, path in zip(names, args.ckpt)}
-    first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if world > 1 and not first_here:
-        dist.barrier()  # one process of each machine decodes the images first
     data = {}
-    for _, size, _ in models.values():
-        data[size] = first_images(args.data, size, args.n, args.data_root)
-    if world > 1 and first_here:
-        dist.barrier()
+    with runtime.machine_by_one(world):
+        for _, size, _ in models.values():
+            data[size] = first_images(args.data, size, args.n, args.data_root)
     for _, labels in data.values():
         refuse_labels(classifier, args.classifier, labels, args.data)
     return models, classifier, data
@@ -382,9 +375,7 @@ def main():
         runtime.write_metrics(out, started, seed=args.seed, device=device, **settings)
         print((out / "table.md").read_text(), end="")
         print(f"-> {out}/purify.png, table.csv, table.md, metrics.json")
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    runtime.leave(world)
 
 
 if __name__ == "__main__":

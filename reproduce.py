@@ -13,7 +13,6 @@ classifier first, in whose features its distances are. In the table "as P1" says
 stands to DDPM on the same data as it does in the paper. The rivals: rivals.py.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -68,7 +67,7 @@ NOISY = "--p 0.9 --sigma 0.2".split()
 MILD = "--p 0.9 --sigma 0.1".split()
 CLEAN = []
 DDPM = ["--robust", "none"]
-LATE = ["--robust", "adv"]  # this project's own: in the last steps, on a share of the rows
+LATE = ["--robust", "adv"]  # this project's own: in the last steps, on a share of the rows, at t >= 5
 LATE_RAN = ["--robust", "ran"]
 # Eq. 10 in every step, on every row, at every t, as P1 prints it
 P1 = "--reg-last 1 --reg-share 1 --reg-from 0".split()
@@ -321,9 +320,7 @@ def footnote(args, records):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runtime.parser(__doc__)
     add = parser.add_argument
     names = [name for name, *_ in ROWS + FULL_ROWS]
     add_arguments(parser, ["first", *SIZES])

@@ -11,8 +11,6 @@ table.md and sweeps.png. Before anything starts the cost of what is left is prin
 purify_cost.py counts it. AutoAttack takes `pip install pyautoattack`.
 """
 
-import argparse
-import json
 import time
 from pathlib import Path
 
@@ -192,16 +190,10 @@ def tune(
 ):
     """Fine-tune `start` with P2's recipe."""
     flags = TUNED[folder]
-    argv = ["--robust", "addt", "--init", init(found, start), *flags, *found.size["tune"], *more]
+    argv = ["--robust", "addt", "--init", found.ckpt(start), *flags, *found.size["tune"], *more]
     if "--addt-guide" not in flags:
         argv += ["--classifier", str(found.work / network / "classifier.pt")]
     found.train(prefix + folder, argv, data or found.args.data, model)
-
-
-def init(found, start):
-    """As train.py --init takes it."""
-    path = Path(found.ckpt(start))
-    return str(path) if start == "ddpm" and found.args.ddpm else str(path / "ckpt.pt")
 
 
 def autoattack(found, pair):
@@ -256,7 +248,7 @@ def other_set(found, data):
     found.classify(network, found.size["wrn"], data)
     if data == "cifar100":
         model = found.size["model"]
-        flags = ["--init", init(found, "ddpm"), "--iters", "39000"]  # 100 epochs
+        flags = ["--init", found.ckpt("ddpm"), "--iters", "39000"]  # 100 epochs
     else:
         model, flags = "ddpm64", []
     found.train(f"{prefix}ddpm", flags, data, model)
@@ -303,7 +295,7 @@ def read_rows(found):
     rows = []
     for done, argv in found.todo:
         if argv[0] == "purify.py" and finished(done):
-            record = json.loads(done.read_text())
+            record = outputs.read_json(done)
             for row in record["runs"]:
                 rows.append(row | dict(folder=done.parent.name))
     return rows
@@ -330,7 +322,7 @@ def table(found, rows):
     scores = []
     for done, argv in found.todo:
         if argv[0] == "sample.py" and finished(done):
-            record = json.loads(done.read_text())
+            record = outputs.read_json(done)
             names = [name for name in record if name.startswith(("FID", "Fréchet"))]
             scores += [f"{done.parent.name}: {name} {record[name]:.4g}" for name in names]
     if scores:
@@ -339,11 +331,7 @@ def table(found, rows):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        prog="reproduce.py purify",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = runtime.parser(__doc__, prog="reproduce.py purify")
     add_arguments(parser, SIZES)
     add = parser.add_argument
     add("--ddpm", metavar="PATH", help="a trained DDPM, instead of training one")

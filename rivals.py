@@ -6,7 +6,7 @@
 The claim put to the test (P1): Robust_adv learns clean images from faulty ones and is told nothing
 about the fault. Nor are these: the pseudo-Huber loss, Ambient training with the noise estimated per
 image, and leaving out the images that are judged noisy. Robust_ran and Robust_adv come in P1's
-setting, in this project's (late, on a quarter of the rows) and together with leaving out. Eight
+setting, in this project's (late, on a quarter of the rows, t >= 5) and together with leaving out. Eight
 faults of the training images, each fixed per image; every method has the same network, images,
 seeds and steps, those of `reproduce.py SIZE`, whose runs are used where they are the same. As
 there, what is done is skipped.
@@ -16,7 +16,6 @@ the clean images, noise left, and the share of the samples that metrics.judged_f
 faulty images.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -248,9 +247,7 @@ def plot_samples(images, args, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runtime.parser(__doc__)
     add_arguments(parser, SIZES)
     parser.add_argument("--out", help="default WORK/rivals")
     args = parser.parse_args()

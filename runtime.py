@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 import outputs
-from outputs import METHOD_STYLE, reason, write_metrics  # noqa: F401, part of this file's interface
+from outputs import reason, write_metrics  # noqa: F401, part of this file's interface
 
 # --------------------------------------------------------------------------------------------------
 # device, precision, layout
@@ -111,6 +111,24 @@ def autocast(device, amp):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+@contextlib.contextmanager
+def machine_by_one(world):
+    """One process of each machine runs the body first, to decode images; then the others."""
+    first = whole("LOCAL_RANK", 0) == 0
+    if world > 1 and not first:
+        dist.barrier()
+    yield
+    if world > 1 and first:
+        dist.barrier()
+
+
+def leave(world):
+    """The processes wait for each other, then part."""
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def average(grads, world):
     """Gradients averaged over the processes. Not DDP: it expects one forward per backward."""
     flat = torch.cat([g.flatten() for g in grads])
@@ -123,21 +141,6 @@ def average(grads, world):
     torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
 
 
-def move_gradients(weights, params, first):
-    """The gradients of the weights in lower precision become, or are added to, those of params."""
-    for p in params:
-        if p.grad is None:  # once: later steps write into the same memory
-            p.grad = torch.empty_like(p)
-    grads = [p.grad for p in params]
-    lower = [weight.grad for weight in weights]
-    if first:
-        torch._foreach_copy_(grads, lower)
-    else:
-        torch._foreach_add_(grads, lower)
-    for weight in weights:
-        weight.grad = None
-
-
 def memory(device):
     """Peak memory in GB: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
@@ -147,6 +150,12 @@ def memory(device):
 
 # --------------------------------------------------------------------------------------------------
 # the command line
+
+
+def parser(doc, **options):
+    """An argparse parser with the script's docstring as its help."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=doc, formatter_class=raw, **options)
 
 
 def cli(main):

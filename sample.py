@@ -27,7 +27,7 @@ from classifier import load_features
 from data import image_noise, load_images, to_float
 from losses import NoiseSchedule
 from runtime import SEED, autocast, between, flag, layout, load_checkpoint, precision, setup
-from samplers import SAMPLERS, ddim_sample, ddpm_sample, heun_sample, own_flags  # noqa: F401
+from samplers import SAMPLERS, own_flags
 from unet import UNet
 
 # --------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def prepare_scorer(models, args):
         return None
     scorer = features_network(args.features, args.inception_weights)
     if args.n < 10_000:
-        print(f"note: n = {args.n}; scores of fewer than 10,000 images are no published ones")
+        print(f"note: n = {args.n}; fewer than 10,000 do not compare with published scores")
     return scorer
 
 
@@ -311,16 +311,12 @@ def sample_and_score(runs, args):
             results[out] = x[:64].clone(), numbers, trained
         if len(images) < args.n:
             raise KeyboardInterrupt
-    if world > 1:  # the others wait for the first process, which scores
-        dist.barrier()
-        dist.destroy_process_group()
+    runtime.leave(world)  # once the first process has scored
     return results
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runtime.parser(__doc__)
     add = parser.add_argument
     add("--ckpt", required=True, help="a checkpoint or folder of train.py, a folder of diffusers")
     count = between(1, kind=int)

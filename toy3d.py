@@ -13,7 +13,6 @@ flow); samples.npz with arrays set/noise/method, (n, 3) in data units, of the fi
 metrics.json. lambda, omega, gamma, and the networks at each t: toy3d_sweep.py.
 """
 
-import argparse
 import copy
 import math
 import time
@@ -25,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 import outputs
+import runtime
 import toy3d_data as toy
 from losses import NoiseSchedule, ddpm_loss, robust_loss
 from runtime import between, cli, idle_flags, setup, write_metrics
@@ -300,8 +300,7 @@ def run(args, idle, function):
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = runtime.parser(__doc__)
     add_arguments(parser)
     run(parser.parse_args(), idle_flags(parser), experiment)
 

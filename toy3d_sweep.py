@@ -16,6 +16,7 @@ import math
 import torch
 from tqdm import tqdm
 
+import runtime
 import toy3d_data as toy
 from runtime import cli, idle_flags
 from toy3d import add_arguments, jobs_of, line_of, run, sample, train
@@ -260,8 +261,7 @@ def figure_by_t(out, curves):
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = runtime.parser(__doc__)
     add_arguments(parser)
     parser.set_defaults(methods="none,ran,adv", out="out/toy3d_sweep")
     what = parser.add_mutually_exclusive_group()

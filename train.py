@@ -24,7 +24,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import metrics
@@ -98,9 +97,7 @@ RECIPES = {  # defaults of --iters, --batch-size, --lr: DDPM's own, tiny and min
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runtime.parser(__doc__)
     add = parser.add_argument
     share = between(0, 1)
     part = between(0, 1, above=True)
@@ -179,11 +176,11 @@ def parse_args(argv=None):
 
 
 def phase(args, step):
-    """-> whether the regulariser acts, steps since the phase began, its rate, its warm-up.
+    """-> whether --robust's objective acts, steps since the phase began, its rate, its warm-up.
 
     Before the last share --reg-last of --iters, training is plain DDPM. The second phase warms up
     anew, its rate falls linearly to 0, and the average of the weights starts anew, which would hold
-    those of the first phase for too long (all ours).
+    those of the first phase for too long (how is ours; P1's later version regularises late too).
     """
     begin = change(args)
     if 0 < begin <= step:
@@ -193,9 +190,9 @@ def phase(args, step):
 
 
 def change(args):
-    """The first step at which the regulariser acts; --iters, and so never, if there is none."""
+    """The first step at which --robust's own objective acts; before it, training is plain DDPM."""
     if "reg_last" not in OBJECTIVES[args.robust][1]:
-        return args.iters
+        return 0
     return args.iters - max(1, round(args.reg_last * args.iters))
 
 
@@ -246,8 +243,7 @@ def train_step(state, args, step, batches, classifier=None):
     batches: dicts of x0, t, eps, beta, u and, if they are read, y, sigma_y, keys (of dropout).
     """
     acts, since, rate, warmup = phase(args, step)
-    late = "reg_last" in OBJECTIVES[args.robust][1]
-    objective = OBJECTIVES["none" if late and not acts else args.robust][0]
+    objective = OBJECTIVES[args.robust if acts else "none"][0]
     for group in state.optimizer.param_groups:
         group["lr"] = rate * min(1.0, (since + 1) / max(1, warmup))
     lower_precision = state.weights[0] is not state.params[0]
@@ -265,7 +261,7 @@ def train_step(state, args, step, batches, classifier=None):
             )
         state.scaler.scale(loss / len(batches)).backward()
         if lower_precision:
-            runtime.move_gradients(state.weights, state.params, first=not logs)
+            training.move_gradients(state.weights, state.params, first=not logs)
         logs.append(dict(loss=loss.detach(), **terms))
     if state.world > 1:
         runtime.average([p.grad for p in state.params], state.world)
@@ -337,9 +333,7 @@ def main():
     if rank == 0:
         training.finish(args, run, step, started)
     batches.close()
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    runtime.leave(world)
     if step < args.iters:
         sys.exit(128 + (interrupt.signal or signal.SIGTERM))  # so that `train && sample` stops here
 

@@ -77,18 +77,13 @@ def build(args):
 
 def load_data(args, net, classifier, ckpt, device, world):
     """The training images, with their corruption; refuses what does not fit the network."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if world > 1 and local > 0:
-        dist.barrier()  # one process of each machine decodes the images first
     size = args.image_size or NATIVE_SIZE.get(args.data, 0)
     net.refuse_size(size, size)  # before any decoding
     if classifier:
         refuse_other_classes(f"--classifier {args.classifier}", classifier.classes, args.data)
-    images, labels = load_images(
-        args.data, args.image_size, root=args.data_root, labels_needed=classifier is not None
-    )
-    if world > 1 and local == 0:
-        dist.barrier()
+    options = dict(root=args.data_root, labels_needed=classifier is not None)
+    with runtime.machine_by_one(world):
+        images, labels = load_images(args.data, args.image_size, **options)
     data = CorruptedImages(images, labels, args.p, args.sigma, args.seed, device, args.corrupt)
     some = images[:: len(images) // 2000 + 1]  # up to 2,000 of them, and their number, tell a set
     data.key = metrics.images_key(f"{len(images)}", some)
@@ -142,6 +137,21 @@ def judge(args, data, ckpt, device, world):
     return sigma_y
 
 
+def move_gradients(weights, params, first):
+    """The gradients of the weights in lower precision become, or are added to, those of params."""
+    for p in params:
+        if p.grad is None:  # once: later steps write into the same memory
+            p.grad = torch.empty_like(p)
+    grads = [p.grad for p in params]
+    lower = [weight.grad for weight in weights]
+    if first:
+        torch._foreach_copy_(grads, lower)
+    else:
+        torch._foreach_add_(grads, lower)
+    for weight in weights:
+        weight.grad = None
+
+
 # --------------------------------------------------------------------------------------------------
 # refusals
 
@@ -178,10 +188,9 @@ def check_objective(args, objectives):
     for name in sorted(args.given):
         users = [method for method, (_, flags, _) in objectives.items() if name in flags]
         if users and name not in mine:
-            only = ", ".join(users)
-            raise ValueError(
-                f"{flag(name)}: has no effect with --robust {args.robust}, only {only}"
-            )
+            users += ["--drop-noisy"] if name == "noisy_above" else []
+            what = f"has no effect with --robust {args.robust}, only with {', '.join(users)}"
+            raise ValueError(f"{flag(name)}: {what}")
     if args.drop_noisy and args.robust == "ambient":
         raise ValueError("--drop-noisy: leaves --robust ambient nothing to do; choose one of them")
     if args.robust == "addt":
@@ -200,6 +209,7 @@ def check_objective(args, objectives):
 # checkpoints
 
 # what --resume may change; every other flag makes the run the run it is
+LEFT_OUT = "given out device resume overwrite init".split()  # of a checkpoint's settings
 FREE = """out resume overwrite init iters accum device compile save_every sample_every log_every
           data_root""".split()
 
@@ -210,9 +220,8 @@ def resume(args, path, change):
     ckpt = load_checkpoint(path)
     kinds = dict(kind=str, step=int, args=dict, model=dict, ema=dict, optimizer=dict, scaler=dict)
     wrong = [name for name, kind in kinds.items() if not isinstance(ckpt.get(name), kind)]
-    needed = {"robust", "data", "model", "iters", "batch_size", "lr", "seed"}
-    if not wrong and not needed <= set(ckpt["args"]):
-        wrong = ["args"]
+    if not wrong:  # a setting that an earlier version did not have
+        wrong = sorted(set(vars(args)) - set(LEFT_OUT) - set(ckpt["args"]))
     if wrong or ckpt["kind"] != "unet" or ckpt["step"] < 0:
         raise ValueError(f"{path}: not a checkpoint of train.py that can be resumed {wrong}")
     for name, value in ckpt["args"].items():
@@ -225,11 +234,7 @@ def resume(args, path, change):
     if args.iters < ckpt["step"]:
         raise ValueError(f"--iters {args.iters}: {path} is at step {ckpt['step']} already")
     before = change(SimpleNamespace(**ckpt["args"]))
-    if (
-        before < ckpt["args"]["iters"]
-        and change(args) != before
-        and ckpt["step"] > min(before, change(args))
-    ):
+    if change(args) != before and ckpt["step"] > min(before, change(args)):
         raise ValueError(
             f"--iters {args.iters}: the regulariser of {path} began at step {before} of "
             f"{ckpt['args']['iters']}, which step {ckpt['step']} has passed; start another --out "
@@ -266,8 +271,7 @@ def lay_out_moments(optimizer):
 
 def save(path, step, state, args, run):
     """Write the checkpoint, on process 0."""
-    left_out = ("given", "out", "device", "resume", "overwrite", "init")
-    settings = {name: value for name, value in vars(args).items() if name not in left_out}
+    settings = {name: value for name, value in vars(args).items() if name not in LEFT_OUT}
     if not all(p.isfinite().all() for p in state.params):
         raise outputs.Failed(f"the weights of step {step} are not finite; {advice(path)}")
     if run.rank == 0:
@@ -319,10 +323,10 @@ def describe(args, run, first, change):
         f"{int(run.data.corrupted.sum())} with {args.corrupt}{level}, {run.device} x {run.world}, "
         f"steps {first}..{args.iters} -> {args.out}"
     )
-    if 0 < change < args.iters:
+    if change > 0:
         print(
             f"plain DDPM up to step {change}, then the regulariser (--reg-last {args.reg_last}) "
-            f"on {args.reg_share:.0%} of the rows"
+            f"on {args.reg_share:.0%} of the rows, at t >= {args.reg_from}"
         )
     if run.sigma_y is not None:
         noisy = int((run.sigma_y > 0).sum())

@@ -218,10 +218,10 @@ def test_dinov2_from_a_local_clone(run, root, monkeypatch):
 @pytest.mark.parametrize(
     "args, sets, message",
     [
-        ("--samples missing.npz", None, "missing.npz"),
+        ("--samples missing.npz", None, "--samples missing.npz: no such"),
         ("--samples other.npz", None, "no .npz with images"),
         ("--samples hub/hubconf.py", None, "hubconf.py: no .npz"),
-        ("--samples empty", None, "empty: holds no images"),
+        ("--samples empty", None, "--samples"),
         ("--samples classifier.pt", None, "holds no UNet"),
         ("--samples copies.npz --features ckpt.pt", None, "holds no classifier"),
         (

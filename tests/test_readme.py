@@ -60,7 +60,7 @@ SMALLEST = {  # what is added to a script's commands in the README: the last of 
     "sample.py": SCORED,
     "compare.py": f"{SCORED} --steps 3 2",
     "attack.py": f"{SCORED} --attacked 0.5",
-    "memorization.py": f"{TINY} --features pixels",
+    "memorization.py": f"{TINY} --features pixels --n 8 --steps 3",
     "classifier.py": f"--model small --epochs 1 --batch-size 16 {TINY}",
     "purify.py": "--n 4 --t-star 2 --pgd 1 --eot 1 --data synthetic:32 --device cpu",
     "toy3d.py": "--steps 2 --n 8 --points 8 --sample-steps 2 --seeds 1 --methods none,adv",
@@ -77,11 +77,8 @@ BEFORE = [  # what the README's letters stand for
     ("train.py", "--robust none --out A"),
     ("train.py", "--robust adv --reg-last 0.5 --out B"),
     ("classifier.py", "--out C"),
-    ("sample.py", "--ckpt A --fid --out SA"),
-    ("sample.py", "--ckpt B --fid --out SB"),
 ]
-MEANING = {"C": "C/classifier.pt", "A/samples.npz": "SA", "B/samples.npz": "SB"}
-MEANING |= {"cifar10": "synthetic:32", "...": ""}
+MEANING = {"C": "C/classifier.pt", "cifar10": "synthetic:32", "...": ""}
 LISTS = ("reproduce.py", "rivals.py")
 LISTED = dict(  # a size of reproduce.py
     image_size=8,

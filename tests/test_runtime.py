@@ -44,4 +44,4 @@ def test_text_that_a_terminal_cannot_show_is_shown_in_part(tmp_path):
         stream = outputs.Unread(file)
         stream.write("Fréchet\n")
         stream.write("distance\n")
-    assert (tmp_path / "a").read_text() == "Fr?chet\ndistance\n"
+    assert (tmp_path / "a").read_text() == "Fr\\xe9chet\ndistance\n"
