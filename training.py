@@ -18,6 +18,7 @@ from outputs import plt
 from runtime import flag, layout, load_checkpoint, precision, read_log, save_checkpoint
 from sample import checkpoint_in, generate
 from unet import PRESETS, UNet
+from weights import refuse_other_shapes
 
 # --------------------------------------------------------------------------------------------------
 # defaults
@@ -223,7 +224,8 @@ def resume(args, path, change):
     if not wrong:  # a setting that an earlier version did not have
         wrong = sorted(set(vars(args)) - set(LEFT_OUT) - set(ckpt["args"]))
     if wrong or ckpt["kind"] != "unet" or ckpt["step"] < 0:
-        raise ValueError(f"{path}: not a checkpoint of train.py that can be resumed {wrong}")
+        what = ", ".join(wrong) or "its kind and step"
+        raise ValueError(f"{path}: not a checkpoint of this train.py: lacks {what}")
     for name, value in ckpt["args"].items():
         if name not in args.given or (name == "amp" and args.amp == "auto"):
             setattr(args, name, value)
@@ -246,6 +248,7 @@ def resume(args, path, change):
 def restore(state, ckpt):
     """Put a checkpoint into the state -> its step."""
     try:
+        refuse_other_shapes(state.net.state_dict(), ckpt["model"])
         state.net.load_state_dict(ckpt["model"])
         state.ema.load_state_dict(ckpt["ema"])
         state.optimizer.load_state_dict(ckpt["optimizer"])
