@@ -202,6 +202,14 @@ def test_growing_iters_past_the_change_is_refused(tmp_path, capsys):
     assert "began at step 2" in capsys.readouterr().err
 
 
+def test_a_setting_that_a_checkpoint_lacks_is_not_guessed(checkpoint, tmp_path, capsys):
+    """As of an earlier version, where --reg-from was 0: the objective would change on the way."""
+    ckpt = torch.load(checkpoint / "ckpt.pt", weights_only=True)
+    del ckpt["args"]["reg_from"]
+    torch.save(ckpt, tmp_path / "ckpt.pt")
+    assert "lacks reg_from" in bad(capsys, train, "--resume", "--out", tmp_path)
+
+
 def test_resume_across_memory_layouts(tmp_path):
     """Fused Adam walks over weights and moments in memory order: moments saved in another layout are laid out anew."""
     args = train.parse_args([*SMALL, "--warmup", "0", "--lr", "1e-2"])
