@@ -171,9 +171,10 @@ def open_samples(path, args, options, device):
         return name, size, lambda: sample_uint8(model, size, n, args, options, device, 0, 1)
     if path.is_dir() and not (path / "samples.npz").is_file():
         try:
-            images = load_images(f"folder:{path}", args.image_size, root=args.data_root)[0]
+            images = load_images(f"folder:{path}", root=args.data_root)[0]  # never resized
         except ValueError as e:
-            raise ValueError(f"--samples {path}: {e}") from None
+            why = str(e).removesuffix("; give --image-size")
+            raise ValueError(f"--samples {path}: {why}") from None
     else:
         images = read_npz(path / "samples.npz" if path.is_dir() else path)
     return name, images.shape[1], lambda: images[: args.n]

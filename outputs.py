@@ -108,7 +108,7 @@ class Unread:
         try:
             getattr(self.stream, action)(*text, **options)
         except UnicodeEncodeError:  # of a stream that cannot be reconfigured
-            pass
+            self.attempt(action, *(t.encode("ascii", "backslashreplace").decode() for t in text))
         except (OSError, ValueError):  # a closed pipe, a full disk; ValueError: a closed file
             with contextlib.suppress(OSError, ValueError):  # or Python complains at its end
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())

@@ -67,10 +67,8 @@ NOISY = "--p 0.9 --sigma 0.2".split()
 MILD = "--p 0.9 --sigma 0.1".split()
 CLEAN = []
 DDPM = ["--robust", "none"]
-LATE = [
-    "--robust",
-    "adv",
-]  # this project's own: in the last steps, on a share of the rows, at t >= 5
+# this project's own: in the last steps, on a share of the rows, at t >= 5
+LATE = ["--robust", "adv"]
 LATE_RAN = ["--robust", "ran"]
 # Eq. 10 in every step, on every row, at every t, as P1 prints it
 P1 = "--reg-last 1 --reg-share 1 --reg-from 0".split()

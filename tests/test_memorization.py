@@ -229,6 +229,11 @@ def test_dinov2_from_a_local_clone(run, root, monkeypatch):
             "--data folder:train --test folder:test --image-size 16",
             "give --image-size 8",
         ),
+        (
+            "--samples train",  # images of a folder are compared as they are
+            "--data folder:train --test folder:test --image-size 16",
+            "give --image-size 8",
+        ),
         ("--samples copies.npz", "--data folder:train", "--test"),
         ("--samples copies.npz", "--data folder:train --test folder:train", "--test"),
         ("--samples copies.npz", "", "--data"),

@@ -45,3 +45,16 @@ def test_text_that_a_terminal_cannot_show_is_shown_in_part(tmp_path):
         stream.write("Fréchet\n")
         stream.write("distance\n")
     assert (tmp_path / "a").read_text() == "Fr\\xe9chet\ndistance\n"
+
+
+def test_text_for_a_stream_that_cannot_be_reconfigured_is_shown_in_part(tmp_path):
+    import codecs
+
+    import outputs
+
+    with codecs.open(str(tmp_path / "a"), "w", encoding="ascii") as file:
+        stream = outputs.Unread(file)
+        assert not hasattr(file, "reconfigure")
+        stream.write("Fréchet\n")
+        stream.write("distance\n")
+    assert (tmp_path / "a").read_text() == "Fr\\xe9chet\ndistance\n"
