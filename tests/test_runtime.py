@@ -1,11 +1,13 @@
 """The log's clock, signals that are ignored, and what the command line says."""
 
+import codecs
 import os
 import signal
 
 import pytest
 import torch
 
+import outputs
 import runtime
 
 
@@ -38,8 +40,6 @@ def test_an_ignored_signal_stays_ignored(ignored):
 
 
 def test_text_that_a_terminal_cannot_show_is_shown_in_part(tmp_path):
-    import outputs
-
     with open(tmp_path / "a", "w", encoding="ascii") as file:
         stream = outputs.Unread(file)
         stream.write("Fréchet\n")
@@ -48,10 +48,6 @@ def test_text_that_a_terminal_cannot_show_is_shown_in_part(tmp_path):
 
 
 def test_text_for_a_stream_that_cannot_be_reconfigured_is_shown_in_part(tmp_path):
-    import codecs
-
-    import outputs
-
     with codecs.open(str(tmp_path / "a"), "w", encoding="ascii") as file:
         stream = outputs.Unread(file)
         assert not hasattr(file, "reconfigure")
