@@ -115,7 +115,7 @@ def attacked_samples(model, size, runs, args, options, where, bar):
     return images.numpy(), rows
 
 
-def score(images, counts, kind, args, scorer, data, device):
+def score(images, counts, kind, args, scorer, reference, device):
     """The numbers of one sample (n, S, S, 3) uint8; change_rms is the RMS of x - x unattacked, per
     pixel of [-1, 1], change_95 its 95 % interval over images."""
     squares = counts["change_square"]
@@ -126,7 +126,7 @@ def score(images, counts, kind, args, scorer, data, device):
         change_95=metrics.rms_interval(squares),
     )
     if args.fid:
-        numbers |= sample.evaluate(images, args, scorer, data, device)
+        numbers |= sample.evaluate(images, args, scorer, reference, device)
     if kind == "adversarial":
         numbers["checks"] = summarise(counts)
     return numbers
@@ -158,7 +158,7 @@ def parse():
     sample.add_arguments(parser)
     args = parser.parse_args()
     idle = runtime.idle_flags(parser)
-    idle(not args.fid, f"data {sample.UNSCORED}", "without --fid")
+    idle(not args.fid, f"data {sample.FID_FLAGS}", "without --fid")
     idle(set(args.attack_iters) == {1}, "attack_factor", "with --attack-iters 1")
     if args.sampler == "heun":
         raise ValueError("--sampler heun: the attack is defined on the steps of ddpm and ddim")
@@ -191,7 +191,7 @@ def load(args, device, rank):
 def main():
     started = time.time()
     args, options = parse()
-    device, rank, world = where = runtime.setup(args.device, parallel=True)
+    device, rank, world = where = runtime.setup(args.device, True, args.compile)
     models, scorer = load(args, device, rank)
     out = outputs.claim(args.out) if rank == 0 else Path(args.out)
     runs = [(0.0, "none", {})]
@@ -207,12 +207,15 @@ def main():
             images, counts = attacked_samples(model, size, runs, args, options, where, bar)
             pictures[name] = torch.from_numpy(images[:, :10]).permute(0, 1, 4, 2, 3) / 255
             record[name] = []
-            data = args.data or trained.get("data")
+            reference = None
+            if scorer:
+                data = sample.reference_name(args, trained)
+                reference = sample.reference_of(data, size, args, scorer, device)
             for k, (share, kind, settings) in enumerate(runs if rank == 0 else []):
                 of_run = {key: values[k] for key, values in counts.items()}
                 steps = len(attacked_steps(args.n_steps, share))
                 numbers = dict(share=share, kind=kind, attacked_steps=steps) | settings
-                numbers |= score(images[k], of_run, kind, args, scorer, data, device)
+                numbers |= score(images[k], of_run, kind, args, scorer, reference, device)
                 record[name].append(numbers)
                 for line in numbers.get("checks", {}).get("violated", []):
                     which = f"{name}, {describe(settings)}, {share:.0%} of the steps"
@@ -221,7 +224,7 @@ def main():
             if rank == 0:  # after each: Ctrl-C keeps those before
                 outputs.write_table(out / "table.csv", table(record))
     if rank == 0:
-        methods = {name: trained.get("robust") for name, (_, _, trained) in models.items()}
+        methods = {name: outputs.method_of(trained) for name, (_, _, trained) in models.items()}
         panels = [scorer[1], "change_rms"] if scorer else ["noise_level", "change_rms"]
         plot_curves(record, panels, args, outputs.styles(methods), out / "attack.png")
         plot_rows(pictures, runs, out / "rows.png")
@@ -230,7 +233,7 @@ def main():
         settings = ["n", "sampler", "scale", "phi", "attack_factor"]
         settings = {name: getattr(args, name) for name in settings} | options
         settings |= dict(violated=violated, checkpoints=record)
-        runtime.write_metrics(out, started, seed=args.seed, device=device, **settings)
+        outputs.write_metrics(out, started, seed=args.seed, device=device, **settings)
         print((out / "table.csv").read_text(), end="")
         print(f"{violated} checks violated -> {out}/attack.png, rows.png, metrics.json")
     runtime.leave(world)

@@ -188,7 +188,7 @@ SECTIONS = dict(methods=methods, modes=modes, against=against, sampling=sampling
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = runtime.parser(__doc__)
     add = parser.add_argument
     count, positive = between(1, kind=int), between(0, above=True)
     add("--what", nargs="+", choices=SECTIONS, default=["methods", "modes", "sampling"])
@@ -242,7 +242,7 @@ def main():
         (out / "table.md").write_text(markdown(rows))  # after each: Ctrl-C keeps those before
         torch.compiler.reset()
     more = dict(n=args.repeats, rows=rows, args=vars(args))
-    runtime.write_metrics(out, started, seed=0, device=device, **more)
+    outputs.write_metrics(out, started, seed=0, device=device, **more)
     print(f"{markdown(rows)}-> {out}/table.md")
 
 

@@ -3,10 +3,8 @@
     python butterflies_pca.py                               # built-in, 8x8: half an hour on a CPU
     python butterflies_pca.py --data folder:PATH --seeds 2  # the same on your images
     python butterflies_pca.py --iters 20 --methods none adv --sample-steps 20  # a smoke test
-    python butterflies_pca.py --data smithsonian --image-size 32 --channels 64 128 128 --batch-size
-        64 --lr 1e-3 --iters 10000
-        # the paper's set and size, for a GPU (pip install datasets; needs the internet); not run
-        # here
+    python butterflies_pca.py --data smithsonian --image-size 32 --channels 64 128 128 \
+        --batch-size 64 --lr 1e-3 --iters 10000             # the paper's set and size, for a GPU
 
 The claim (P1 §2.2, §3.1, Fig. 3): images are replaced by x' = mu + sum_i lambda_i alpha_i U_i with
 alpha ~ N(0, 1), so that the error of a sample x is known exactly: rho = |(x - mu) - U^T U (x -
@@ -14,7 +12,8 @@ mu)|, its distance from the subspace. Trained on clean images all methods do ali
 noise on 90 % of them DDPM reproduces the noise, Robust_ran and Robust_adv remove most of it, and
 the invariance ablation fails. rho alone rewards samples without variety: signal_std, the standard
 deviation within the subspace over the truth, stands beside it. P1 samples by Eq. 5, the default
-here; the runs of RESULTS.md were made with --sampler ddim.
+here; the runs of RESULTS.md were made with --sampler ddim. The paper's set needs `pip install
+datasets` and the internet; it was not run.
 
 Leaves --out/samples.npz (condition/method: (n, D) in [-1, 1] data units; mu (D,), U (25, D)),
 rows.png (Fig. 3a), curves.png (Fig. 3b), table.md and metrics.json.
@@ -31,9 +30,10 @@ from tqdm import tqdm
 import metrics
 import outputs
 import runtime
-from data import load_images, seed_at
+from data import load_images
 from losses import NoiseSchedule, ddpm_loss, robust_loss
 from outputs import METHOD_STYLE, plt
+from rng import seed_at
 from runtime import between, refuse_repeats, setup
 from sample import generate
 from unet import UNet
@@ -56,9 +56,10 @@ def fit_subspace(x, components):
     lambda_i is the standard deviation along U_i, so that alpha ~ N(0, 1) reproduces the covariance
     within the subspace.
     """
-    if not 1 <= components < len(x):
+    most = min(len(x) - 1, x.shape[1])
+    if not 1 <= components <= most:
         raise ValueError(
-            f"--components {components}: need 1 .. number of images - 1 = {len(x) - 1}"
+            f"--components {components}: need 1 .. {most} ({len(x)} images of {x.shape[1]} values)"
         )
     mu = x.mean(0)
     _, s, vt = np.linalg.svd(x - mu, full_matrices=False)
@@ -116,7 +117,7 @@ def train(method, x, args, seed, schedule, device, evaluate):
     net = net.to(device, memory_format=torch.channels_last).train()
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
-    late = args.iters - round(args.reg_last * args.iters)  # plain DDPM before
+    late = args.iters - max(1, round(args.reg_last * args.iters))  # plain DDPM before
     for step in tqdm(range(args.iters), desc=method, leave=False):
         torch.manual_seed(seed_at(seed, step, stream=4))  # equal draws for every method
         x0 = x[torch.randint(len(x), (args.batch_size,), device=device)]
@@ -256,9 +257,10 @@ def run_cell(condition, method, data, bound, subspace, args, seed, device):
     x = data.view(-1, 3, S, S).contiguous(memory_format=torch.channels_last)
     train(method, x, args, seed, schedule, device, evaluate)
     _, rho, quality, inside = curve[-1]
+    per_pixel = rho / len(subspace.mu) ** 0.5
     print(
-        f"seed {seed} {condition}/{method:12s} rho {rho:6.2f} ({rho / len(subspace.mu) ** 0.5:.4f} per "
-        f"pixel)  PSNR {quality:5.2f} dB  signal std {inside:.2f}  {time.time() - begun:.0f} s",
+        f"seed {seed} {condition}/{method:12s} rho {rho:6.2f} ({per_pixel:.4f} per pixel)  "
+        f"PSNR {quality:5.2f} dB  signal std {inside:.2f}  {time.time() - begun:.0f} s",
         flush=True,
     )
     return curve, last[0].cpu().numpy()
@@ -297,7 +299,8 @@ def main():
     subspace = Subspace(args, device)
     S = args.image_size
     print(
-        f"{args.components} components keep {subspace.kept:.1%} of the variance of {args.data} at {S}x{S}"
+        f"{args.components} components keep {subspace.kept:.1%} of the variance of {args.data} "
+        f"at {S}x{S}"
     )
     axes = dict(mu=subspace.mu.cpu().numpy(), U=subspace.U.cpu().numpy())
     samples = {}  # condition/method: (n, D), of the first seed
@@ -322,7 +325,7 @@ def main():
     plot_rows(shown, samples, S, out / "rows.png")
     plot_curves(curves, args, out / "curves.png")
     settings = {name: value for name, value in vars(args).items() if name != "out"}
-    runtime.write_metrics(
+    outputs.write_metrics(
         out, started, seed=args.seed, device=device, n=args.n_eval, args=settings, results=numbers,
         variance_kept=subspace.kept, curves=curves,
     )  # fmt: skip

@@ -2,8 +2,7 @@
 defend.
 
     python classifier.py --data cifar10 --model wrn-28-10 --epochs 100      # one GPU
-    python classifier.py --data folder:cifar10/train --test folder:cifar10/test --model small
-        --epochs 10   # a CPU
+    python classifier.py --data cifar10 --model small --epochs 10           # a CPU
 
 A wide residual network (Zagoruyko & Komodakis, 2016) with the usual recipe: random crop and flip,
 SGD with Nesterov momentum and one cycle of the learning rate, label smoothing. Images in [0, 1] ->
@@ -23,8 +22,9 @@ import outputs
 import public_classifiers
 import runtime
 import weights
-from data import NAMES, CorruptedImages, Order, load_images, seed_at
+from data import NAMES, CorruptedImages, Order, load_images
 from images import class_names, refuse_other_classes
+from rng import seed_at
 from runtime import autocast, between, load_checkpoint, precision, save_checkpoint, setup
 
 PRESETS = {
@@ -247,7 +247,7 @@ def fit(net, train_set, args, device):
 def main():
     args = parse_args()
     started = time.time()
-    device, _, _ = setup(args.device)
+    device, _, _ = setup(args.device, compiled=args.compile)
     out = outputs.claim(args.out)
     train_set, test_set = load_sets(args, device)
 
@@ -259,11 +259,12 @@ def main():
     steps = fit(net, train_set, args, device)
     score = accuracy(net.eval(), test_set, args.batch_size, autocast(device, args.amp))
     if not all(value.isfinite().all() for value in net.state_dict().values()):
-        raise ValueError(f"--lr {args.lr}: training diverged; nothing was saved, try a lower one")
+        message = f"--lr {args.lr}: training diverged; nothing was saved, try a lower one"
+        raise outputs.Failed(message)
     ckpt = dict(kind="classifier", config=net.config, model=net.state_dict())
     ckpt |= dict(image_size=train_set.shape[1], accuracy=score, classes=class_names(args.data))
     save_checkpoint(out / "classifier.pt", ckpt)
-    runtime.write_metrics(
+    outputs.write_metrics(
         out, started, seed=args.seed, device=device, n=len(test_set), test_accuracy=score,
         steps=steps, model=args.model, data=args.data,
     )  # fmt: skip

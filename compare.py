@@ -1,13 +1,13 @@
 """Several checkpoints, numbers of sampling steps and spacing rules: a sample of each, side by side.
 
     python compare.py --ckpt ddpm robust --sampler ddim --steps 100 --n 64     # the figure: minutes
-    python compare.py --ckpt ddpm robust --steps 1000 500 300 --fid --spacing respaced naive truncated
+    python compare.py --ckpt ddpm robust --steps 1000 300 --fid --spacing naive truncated  # Table 1
     torchrun --nproc-per-node 8 -- compare.py --ckpt ddpm robust --steps 1000 300 --n 50000 --fid
 
-The claim (P1 §3.3, "Faster Sampling", Table 1 right): with fewer steps of Eq. 5, Robust_adv degrades
-gracefully where DDPM collapses, most of all at 300 of 1,000. P1 does not say which steps it leaves
-out, and the claim hangs on that: the three rules of samplers.ddpm_timesteps (ours) are there to find
-out which of them shows it; in our runs, `truncated`.
+The claim (P1 §3.3, "Faster Sampling", Table 1 right): with fewer steps of Eq. 5, Robust_adv
+degrades gracefully where DDPM collapses, most of all at 300 of 1,000. P1 does not say which steps
+it leaves out, and the claim hangs on that: the three rules of samplers.ddpm_timesteps (ours) are
+there to find out which of them shows it; in our runs, `truncated`.
 
 Leaves, for each sample, --out/NAME/ as sample.py leaves its --out, with NAME =
 FOLDER[-STEPS][-SPACING], the folder of the checkpoint and what else differs; and
@@ -29,11 +29,11 @@ import runtime
 from data import CorruptedImages, load_images
 from outputs import plt
 from runtime import between
-from sample import UNSCORED, add_arguments, folder_name, sample_and_score
+from sample import FID_FLAGS, add_arguments, folder_name, sample_and_score
 
 
 def run_name(args, path, steps, spacing):
-    """The folder of one sample: that of the checkpoint, with what else differs between the samples."""
+    """The folder of one sample: the checkpoint's, with what else differs between the samples."""
     parts = [folder_name(path)]
     if len(args.steps) > 1:
         parts.append(str(steps))
@@ -56,7 +56,7 @@ def parse_args():
     add("--png", action=argparse.BooleanOptionalAction, default=True, help="write the PNG folders")
     add_arguments(parser)
     args = parser.parse_args()
-    runtime.idle_flags(parser)(not args.fid, UNSCORED, "without --fid")
+    runtime.idle_flags(parser)(not args.fid, FID_FLAGS, "without --fid")
     return args
 
 
@@ -78,7 +78,7 @@ def main():
         numbers = {run: results[out / name][1] for name, run in runs.items()}
         methods = {}
         for name, (path, _, _) in runs.items():
-            methods[folder_name(path)] = results[out / name][2].get("robust")
+            methods[folder_name(path)] = outputs.method_of(results[out / name][2])
         fewer_steps(numbers, outputs.styles(methods), out, args)
 
 
@@ -89,7 +89,7 @@ def pictures(x, nrow):
 
 
 def some_of(n, count):
-    """`count` of n image numbers at random; not in the order by which data.py picks the faulty ones."""
+    """`count` of n image numbers at random, not in the order in which data.py picks the faulty."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(1))[:count]
 
 
@@ -103,7 +103,7 @@ def training_rows(settings, size, args):
         data = CorruptedImages(clean, None, p or 0, sigma or 0, seed or 0, corrupt=corrupt)
     except ValueError:
         return []
-    index = some_of(len(data), max(2000, args.n))
+    index = some_of(len(data), 2000)
     rows = [("clean training images", data.clean(index))]
     if p and len(set(settings)) == 1:
         rows.append(("as trained on", data.batch(index)))
@@ -114,7 +114,7 @@ SHOWN = ("noise_level", "from_clean", "IS", "class_score", "recall")
 
 
 def shown_of(numbers):
-    """The few of a sample's numbers that figures and steps.md show: the noise never stands alone."""
+    """The few numbers of a sample that figures and steps.md show: the noise never stands alone."""
     return [k for k in numbers if k in SHOWN or k.startswith(("FID", "Fréchet"))]
 
 
@@ -125,13 +125,16 @@ def side_by_side(results, out, args):
     """
     samples, _, trained = zip(*results.values())
     settings = [tuple(t.get(k) for k in ("data", "p", "sigma", "seed", "corrupt")) for t in trained]
-    training = training_rows(settings, samples[0].shape[-1], args)
+    sets = {args.data or t.get("data") for t in trained}
+    training = []
+    if len(sets) == 1 and len({x.shape for x in samples}) == 1:
+        training = training_rows(settings, samples[0].shape[-1], args)
     rows = [(name, x, metrics.image_statistics(x)) for name, x in training]
     rows += [(folder.name, x, dict(numbers)) for folder, (x, numbers, _) in results.items()]
     if training:
         clean = training[0][1]
         for _, x, numbers in rows[1:]:
-            numbers["from_clean"] = metrics.nearest_distance(x[:500], clean)
+            numbers["from_clean"] = metrics.nearest_distance(x[:64], clean)  # of a sample: all
     outputs.write_table(out / "table.csv", [dict(name=name) | numbers for name, _, numbers in rows])
     print((out / "table.csv").read_text(), end="")
     draw_rows(rows, out / "side_by_side.png", min(32, args.n))

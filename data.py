@@ -17,7 +17,7 @@ import torch
 import torchvision
 
 from images import NAMES, load_images  # noqa: F401, part of this file's interface
-from rng import image_noise, image_uniform, scramble, seed_at
+from rng import image_uniform, noise_on, scramble, seed_at
 from synthetic import synthetic_butterflies
 
 CORRUPTION_STREAM = 2**32 - 1  # the samplers use streams 0, 1, 2, ...
@@ -85,7 +85,8 @@ class CorruptedImages:
     """
 
     def __init__(
-        self, images, labels=None, p=0.0, sigma=0.0, seed=0, device="cpu", corrupt="gauss", budget=None
+        self, images, labels=None, p=0.0, sigma=0.0, seed=0, device="cpu", corrupt="gauss",
+        budget=None,
     ):  # fmt: skip
         if not 0 <= p <= 1:
             raise ValueError(f"--p {p}: the share of corrupted images must lie in [0, 1]")
@@ -116,9 +117,7 @@ class CorruptedImages:
         self.images = images
         if not self.streams:
             self.images = torch.from_numpy(np.array(images)).to(self.device)
-        self.noise = image_noise
-        if on_gpu:  # one fused kernel instead of a hundred
-            self.noise = torch.compile(image_noise, dynamic=False, fullgraph=True)
+        self.noise = noise_on(self.device.type)
 
     def __len__(self):
         return len(self.images)
@@ -167,10 +166,14 @@ class CorruptedImages:
 
 
 class Order:
-    """Which image stands at each position of an endless sequence of seeded permutations of 0..n-1."""
+    """Which image stands at each position of an endless sequence of seeded permutations of 0..n-1.
+    """
 
     def __init__(self, n, seed, device="cpu"):
-        self.n, self.seed, self.device, self.perms = n, seed, device, {}
+        self.n = n
+        self.seed = seed
+        self.device = device
+        self.perms = {}
 
     def _perm(self, epoch):
         if epoch not in self.perms:
@@ -213,8 +216,7 @@ class Batches:
         mine = range(run.rank * args.accum, (run.rank + 1) * args.accum)
         self.rows = [slice(i, args.batch_size, parts) for i in mine]
         self.generator = torch.Generator(device)
-        on_device = torch.cuda.set_device if device.type == "cuda" else torch.device
-        self.pool = ThreadPoolExecutor(1, initializer=on_device, initargs=(device,))
+        self.pool = ThreadPoolExecutor(1, initializer=self.on_device)
         self.ahead = None
 
     def __call__(self, step):
@@ -223,6 +225,11 @@ class Batches:
         loaded = (self.ahead or self.pool.submit(self.read, step)).result()
         self.ahead = self.pool.submit(self.read, step + 1)  # reads from disk meanwhile, no more:
         return self.draw(step, loaded)  # what may be compiled runs in this thread alone
+
+    def on_device(self):
+        """The reading thread's first act: pinned memory belongs to the current GPU."""
+        if self.generator.device.type == "cuda":
+            torch.cuda.set_device(self.generator.device)
 
     def read(self, step):
         """[(image numbers, pixels)] of the parts."""

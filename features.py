@@ -7,7 +7,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from runtime import load_checkpoint, reason
+from outputs import reason
+from runtime import load_checkpoint
 
 
 class DINOv2(torch.nn.Module):

@@ -19,7 +19,7 @@ import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from outputs import read_arrays, reason
+from outputs import read_arrays, reason, write_cache
 from synthetic import synthetic_butterflies
 
 NAMES = (
@@ -91,9 +91,9 @@ def to_rgb(image):
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)
-        top = 1.0 if image.mode == "F" and values.max() <= 1 else 255.0
-        if image.mode != "F":
-            top = 65535.0
+        top = 65535.0
+        if image.mode == "F":
+            top = 1.0 if values.max() <= 1 else 255.0
         if not (values.min() >= 0 and values.max() <= top):
             raise ValueError(f"values {values.min():g}..{values.max():g}, need 0..{top:g}")
         image = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
@@ -209,7 +209,7 @@ def _cached(source, key, size, cache):
         try:
             labels = _decode(source, key, size, tmp)
             check = _checksum(np.load(tmp, mmap_mode="r"))
-            np.savez(path.with_suffix(".labels.npz"), labels=labels, check=check)
+            write_cache(path.with_suffix(".labels.npz"), labels=labels, check=check)
             os.replace(tmp, path)
         finally:
             tmp.unlink(missing_ok=True)

@@ -213,8 +213,9 @@ def totals(codes, eager, net, args):
     """The numbers of a step: those of its compiled calls' codes, and [(operator, GB)] of the rest.
 
     triton: generated kernels; small: those that move less than 2 MB; copies: those that only cast
-    or copy one parameter; library: products, convolutions and attentions; eager: operators outside the
-    compiled graphs. GB: of all; ms: if each is bound by --bandwidth or --peak, SHORTEST at least.
+    or copy one parameter; library: products, convolutions, attentions; eager: operators outside
+    the compiled graphs. GB: of all; ms: if each is bound by --bandwidth or --peak, at least
+    SHORTEST.
     """
     sizes = {p.numel() for p in net.parameters()}
     triton = [k for code in codes for k in triton_kernels(code.text) for _ in range(k.launches)]

@@ -19,10 +19,8 @@ from torch import nn
 
 
 class NoiseSchedule:
-    """beta_t linear over T steps (Eq. 1); all arrays (T,) in float64, gathered to the dtype of the
-    data.
-
-    betas; alphas_bar = prod(1 - beta); alphas_bar_prev = the same one step earlier, 1 at t = 0.
+    """beta_t linear over T steps (Eq. 1). Arrays (T,) in float64: betas; alphas_bar = prod(1 -
+    beta); alphas_bar_prev, the same one step earlier, 1 at t = 0.
     """
 
     def __init__(self, T=1000, beta_start=1e-4, beta_end=0.02):
@@ -38,9 +36,7 @@ class NoiseSchedule:
 
     @functools.cached_property
     def sigmas(self):
-        """EDM's noise levels sqrt((1 - abar) / abar), T numbers: samplers choose steps by them
-        without waiting for a GPU.
-        """
+        """EDM's noise levels sqrt((1 - abar) / abar): T numbers, to be read without a GPU."""
         return ((1 - self.alphas_bar) / self.alphas_bar).sqrt().tolist()
 
     def to(self, device):
@@ -48,6 +44,11 @@ class NoiseSchedule:
         for name in ("betas", "alphas_bar", "alphas_bar_prev"):
             setattr(self, name, getattr(self, name).to(device))
         return self
+
+    def levels(self, device):
+        """abar_t at index t + 1, (T + 1,) float64; index 0 is x_0's, where samplers end."""
+        abar = self.alphas_bar.to(device)
+        return torch.cat([torch.ones_like(abar[:1]), abar])
 
     def at(self, values, t):
         """values[t] in float64 on t's device, (B,)."""
@@ -59,7 +60,7 @@ class NoiseSchedule:
         return like(abar.sqrt(), x0) * x0 + like((1 - abar).sqrt(), x0) * eps
 
     def predict_x0(self, x_t, t, eps):
-        """x^_0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t): Eq. 2 solved for x_0 (P1 App. A.1)."""
+        """x^_0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t): Eq. 2 solved for x_0 (App. A.1)."""
         return predict_x0(x_t, eps, self.at(self.alphas_bar, t))
 
     def posterior_mean(self, x0, x_t, t):
@@ -141,9 +142,7 @@ def adversarial_delta(model, schedule, x_t, t, eps, radius, start, objective="eq
 
 @contextlib.contextmanager
 def frozen(model):
-    """Turn weight gradients off: a compiled graph would compute them even when only delta's
-    gradient is asked for.
-    """
+    """No weight gradients: a compiled graph computes them even where only delta's is asked for."""
     params = []
     if isinstance(model, nn.Module):
         params = [p for p in model.parameters() if p.requires_grad]
@@ -195,13 +194,15 @@ def ambient_loss(model, schedule, y, t, eps, sigma_y):
     allowed steps t_min..T-1 in order; low sigma_t thus learns from clean images alone. sigma_y
     beyond all steps (157) gives NaN.
     """
-    s2_y, abar = sigma_y.to(torch.float64).square(), schedule.alphas_bar.to(t.device)
+    s2_y = sigma_y.to(torch.float64).square()
+    abar = schedule.alphas_bar.to(t.device)
     t_min = torch.searchsorted((1 - abar) / abar, s2_y, right=True).clamp(max=schedule.T - 1)
     t = t_min + t * (schedule.T - t_min) // schedule.T
     abar = schedule.at(abar, t)
     noise = (1 - abar) - abar * s2_y  # the variance that y lacks at step t
     x_t = like(abar.sqrt(), y) * y + like(noise.sqrt(), y) * eps
-    return (like((noise / (1 - abar)).sqrt(), y) * model(x_t, t).to(y.dtype) - eps).square().mean()
+    root_a = like((noise / (1 - abar)).sqrt(), y)
+    return (root_a * model(x_t, t).to(y.dtype) - eps).square().mean()
 
 
 def huber_loss(model, schedule, x0, t, eps, c=0.1):
@@ -245,15 +246,15 @@ def robust_loss(
 
     perturb     "adv", or "ran", which calls the model once, on [x_t, x_t + s delta] and [t, t]: a
                 model that closes over a condition must repeat it
-    constraint  "equivariance", or "invariance" without "- delta" (Eq. 9: the ablation that must fail)
+    constraint  "equivariance", or "invariance", without "- delta" (Eq. 9: the ablation that fails)
     objective   what delta_adv maximises, see adversarial_delta
     detach      stops the gradient through eps(x_t) in the second term (ours; as printed it flows)
     beta, u     (B,) in [0.5, 2], and in [-1, 1] of x0's shape with delta_ran = r_beta u; by default
                 drawn from the global generator
-    share       q: the second term is the mean over the first round(q B) rows, at least one: unbiased
-                (ours). A step costs 1 + q ("ran") or 1 + 5 q / 3 ("adv") times one of DDPM
+    share       q: the second term is the mean over the first round(q B) rows, at least one, which
+                is unbiased (ours). A step costs 1 + q (ran) or 1 + 5 q / 3 (adv) times one of DDPM
     t_min       lambda_t is 0 below this step (ours: RESULTS.md, "Why from scratch fails")
-    parts       detached scalars: L_DM and L_reg, which sum to the loss, the means of lambda_t, |delta|
+    parts       detached scalars: L_DM and L_reg, which sum to the loss; means of lambda_t, |delta|
     """
     if perturb not in ("ran", "adv"):
         raise ValueError(f"perturb={perturb!r}: need 'ran' or 'adv'")
@@ -318,9 +319,7 @@ def rank_gaussian_map(delta, noise):
 
 
 def addt_weight(schedule, t, unit=0.03, high=0.3):
-    """lambda_t = clip(gamma_t unit, 0, high), gamma_t = sqrt(abar_t) / sqrt(1 - abar_t)  (P2 Eq. 7)
-    -> (B,) float64.
-    """
+    """lambda_t = clip(gamma_t unit, 0, high), gamma_t = sqrt(abar_t / (1 - abar_t))  (P2 Eq. 7)."""
     abar = schedule.at(schedule.alphas_bar, t)
     return ((abar / (1 - abar)).sqrt() * unit).clamp(0, high)
 

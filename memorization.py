@@ -53,7 +53,7 @@ class Found(NamedTuple):
 # features
 
 
-def features_network(args, train):
+def search_features(args, train):
     """-> the network, what it does in words, its key for the cache (None: too cheap to cache)."""
     if args.features == "pixels":
         of = "training image and its mirror" if args.flips else "training image"
@@ -168,7 +168,14 @@ def open_samples(path, args, options, device):
     if is_checkpoint(path):
         model, size, _ = load_model(path, args, device)
         n = args.n or 50_000
-        return name, size, lambda: sample_uint8(model, size, n, args, options, device, 0, 1)
+
+        def sampled():
+            images = sample_uint8(model, size, n, args, options, device, 0, 1)
+            if len(images) < n:  # Ctrl-C: no table of a part
+                raise KeyboardInterrupt
+            return images
+
+        return name, size, sampled
     if path.is_dir() and not (path / "samples.npz").is_file():
         try:
             images = load_images(f"folder:{path}", root=args.data_root)[0]  # never resized
@@ -302,7 +309,7 @@ def load_sets(args, options, device):
     """-> {name: a function that gives the images}, the null among them, and the training images."""
     samples = [open_samples(path, args, options, device) for path in args.samples]
     names = args.names or [name for name, _, _ in samples]
-    if len(set(names) | {NULL}) <= len(names) or len(names) != len(samples):
+    if len(set(names)) < len(names) or NULL in names or len(names) != len(samples):
         need = f"need {len(samples)} different names, one per sample"
         raise ValueError(f"--names: {need}, not {' '.join(names)}")
     train, _ = load_images(args.data, args.image_size, root=args.data_root)
@@ -337,10 +344,10 @@ def search(sets, train, network, key, args, device):
 def main():
     started = time.time()
     args, options = parse()
-    device, _, _ = setup(args.device)
+    device, _, _ = setup(args.device, compiled=args.compile)
     out = outputs.claim(args.out)
     sets, train = load_sets(args, options, device)
-    network, description, key = features_network(args, train)
+    network, description, key = search_features(args, train)
     results = search(sets, train, network, key and f"{description}|{key}", args, device)
 
     numbers, rows, arrays = {}, [], {}
@@ -363,7 +370,7 @@ def main():
     settings |= dict(features=description, results=numbers)
     settings["sampler_if_sampled"] = dict(options, sampler=args.sampler)
     n = {name: v["n"] for name, v in numbers.items()}
-    runtime.write_metrics(out, started, seed=args.seed, device=device, n=n, **settings)
+    outputs.write_metrics(out, started, seed=args.seed, device=device, n=n, **settings)
     print((out / "table.csv").read_text() + f"-> {out}/histogram.png, pairs.png")
 
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from scipy.stats import beta
 from tqdm import tqdm
 
-from data import seed_at
 from losses import NoiseSchedule
 from outputs import read_cache, reason, write_cache
+from rng import seed_at
 
 # --------------------------------------------------------------------------------------------------
 # distances between sets of features
@@ -55,12 +55,8 @@ def inception_score(logits, splits=10):
     scores = []
     for q in p.chunk(splits):  # xlogy(0, 0) = 0: a class that never occurs adds nothing
         marginal = q.exp().mean(0)
-        scores.append(
-            ((q.exp() * q.clamp_min(-1e4)).sum(1) - torch.xlogy(q.exp(), marginal).sum(1))
-            .mean()
-            .exp()
-            .item()
-        )
+        terms = q.exp() * q.clamp_min(-1e4) - torch.xlogy(q.exp(), marginal)
+        scores.append(terms.sum(1).mean().exp().item())
     return float(np.mean(scores)), float(np.std(scores))
 
 
@@ -315,19 +311,17 @@ class Inception(torch.nn.Module):
         names = inception.load_state_dict_from_url, inception.fid_inception_v3
         try:
             if weights is not None:
-                inception.load_state_dict_from_url = lambda *a, **k: torch.load(
-                    weights, map_location="cpu", weights_only=True
-                )
+                state = torch.load(weights, map_location="cpu", weights_only=True)
+                inception.load_state_dict_from_url = lambda *a, **k: state
             full = inception.fid_inception_v3()
-            inception.fid_inception_v3 = lambda: (
-                full
-            )  # InceptionV3 drops the head; it is kept here for the logits
+            # InceptionV3 drops the head, which is kept here for the logits
+            inception.fid_inception_v3 = lambda: full
             self.pool = inception.InceptionV3([3])
         except Exception as e:  # no network, or a file that is not these weights
+            how = f"read from {weights}" if weights else "downloaded"
             raise ValueError(
-                f"Inception weights could not be {'read from ' + str(weights) if weights else 'downloaded'} "
-                f"({reason(e)}); give --inception-weights PATH to "
-                "pt_inception-2015-12-05-6726825d.pth, or --features CHECKPOINT"
+                f"Inception weights could not be {how} ({reason(e)}); give --inception-weights "
+                "PATH to pt_inception-2015-12-05-6726825d.pth, or --features CHECKPOINT"
             ) from None
         finally:
             inception.load_state_dict_from_url, inception.fid_inception_v3 = names
@@ -349,9 +343,8 @@ def extract(network, images, batch_size=250, device="cpu", desc="features"):
     for i in tqdm(
         range(0, len(images), batch_size), desc=desc, leave=False, disable=len(images) <= batch_size
     ):
-        batch = (
-            torch.from_numpy(np.array(images[i : i + batch_size])).permute(0, 3, 1, 2).to(device)
-        )
+        batch = torch.from_numpy(np.array(images[i : i + batch_size]))
+        batch = batch.permute(0, 3, 1, 2).to(device)
         f, y = network(batch)
         features.append(f.float().cpu())
         logits.append(y.float().cpu())

@@ -294,8 +294,16 @@ METHOD_STYLE = {
 }
 
 
+def method_of(trained):
+    """The name in METHOD_STYLE of what a checkpoint's settings trained; None where it has none."""
+    method = trained.get("robust")
+    if not trained.get("drop_noisy"):
+        return method
+    return "drop" if method == "none" else None
+
+
 def styles(methods):
-    """{name of a checkpoint: its --robust or None} -> {name: (colour, label)}.
+    """{name of a checkpoint: `method_of` it} -> {name: (colour, label)}.
 
     METHOD_STYLE's where every checkpoint has its own method, else colours in turn and the names.
     """

@@ -9,8 +9,6 @@ diffused to t* (Eq. 2), taken back to 0 by a sampler, and classified; exact grad
 the whole chain (every network call is checkpointed: memory hardly grows with the number of steps).
 """
 
-import functools
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import runtime
 from losses import like
-from rng import image_noise
+from rng import noise_on
 from samplers import clipped, ddim_step, ddpm_step, ddpm_variance, edm_follow
 
 EDM = {  # P2 App. F
@@ -36,13 +34,6 @@ ROUND = 4096  # draws reserved for one round of a purification
 
 # --------------------------------------------------------------------------------------------------
 # noise
-
-
-@functools.cache
-def noise_on(kind):
-    """data.image_noise on a kind of device: on a GPU one fused kernel, compiled once for all seeds
-    and streams."""
-    return torch.compile(image_noise, dynamic=False) if kind == "cuda" else image_noise
 
 
 def image_draws(seed, index, draw=0, forward=None):
@@ -274,8 +265,7 @@ class PurifiedClassifier(nn.Module):
             return clipped(x_0, self.clip)
         t_star = torch.full((len(x),), self.t_star, device=x.device)
         x = self.schedule.q_sample(x, t_star, noise(0, x))
-        abars = self.schedule.alphas_bar.to(x.device)
-        abars = torch.cat([torch.ones_like(abars[:1]), abars])  # at index t + 1
+        abars = self.schedule.levels(x.device)
         for i, (t, t_prev) in enumerate(self.pairs):
             abar = abars[t + 1].expand(len(x))
             abar_prev = abars[t_prev + 1].expand(len(x))

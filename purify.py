@@ -126,7 +126,7 @@ class Done:
     """
 
     def __init__(self, path, args, world):
-        free = ("device", "data_root", "out", "resume", "figures", "landscape")
+        free = "device data_root out resume figures landscape batch_size eot_batch compile".split()
         settings = {name: value for name, value in vars(args).items() if name not in free}
         self.settings = settings | dict(world=world)
         self.path = path
@@ -330,7 +330,7 @@ def draw_figures(args, options, models, classifier, data, styles, out, device):
 def main():
     started = time.time()
     args, options = parse()
-    device, rank, world = where = runtime.setup(args.device, parallel=True)
+    device, rank, world = where = runtime.setup(args.device, True, args.compile)
     if args.n < world:
         raise ValueError(f"--n {args.n}: fewer than the {world} processes")
     dtype = runtime.precision(device, args.amp)  # refuses what the device cannot do
@@ -364,7 +364,7 @@ def main():
                 outputs.write_table(out / "table.csv", record)
                 (out / "table.md").write_text(purify_figures.table(record, args))
     if rank == 0:
-        methods = {name: trained.get("robust") for name, (_, _, trained) in models.items()}
+        methods = {name: outputs.method_of(trained) for name, (_, _, trained) in models.items()}
         styles = outputs.styles(methods)
         purify_figures.plot(record, args, styles, out / "purify.png")
         figures = draw_figures(args, options, models, classifier, data, styles, out, device)
@@ -372,7 +372,7 @@ def main():
         settings = {name: getattr(args, name) for name in settings} | options
         violated = sum(len(row["violated"]) for row in record)
         settings |= dict(world=world, runs=record, violated=violated) | figures
-        runtime.write_metrics(out, started, seed=args.seed, device=device, **settings)
+        outputs.write_metrics(out, started, seed=args.seed, device=device, **settings)
         print((out / "table.md").read_text(), end="")
         print(f"-> {out}/purify.png, table.csv, table.md, metrics.json")
     runtime.leave(world)

@@ -94,7 +94,8 @@ FULL_ROWS = [  # of P1's later version, and what it leaves out; after the others
     ("lam-0.1-0.9-0.2", NOISY, [*ADV, "--lam", "0.1"], None, None),
     ("lam-1-0.9-0.2", NOISY, [*ADV, "--lam", "1"], None, None),
 ]
-OTHER_SETS = {  # --data: P1's FID of DDPM and of Robust_adv at p 0.9, sigma 0.2; late: 25.8 on CelebA
+# --data: P1's FID of DDPM and of Robust_adv at p 0.9, sigma 0.2; late: 25.8 on CelebA
+OTHER_SETS = {
     "celeba": (96.03, 16.53),
     "lsun-bedroom": (95.85, 44.27),
 }
@@ -110,7 +111,7 @@ def rows_of(size):
 
 
 def shared(args):
-    """-> flags of every script, flags that score samples, and the commands that must come before."""
+    """-> flags of every script, flags that score samples, the commands that must come before."""
     common = ["--data-root", args.data_root, "--device", args.device]
     size = SIZES[args.size]
     if args.inception_weights:
@@ -213,7 +214,7 @@ def figures(args):
 
 
 def first(args):
-    """The claim in minutes: DDPM and Robust_adv on equal images, seeds and steps, in one picture."""
+    """The claim in minutes: DDPM and Robust_adv, on equal images, seeds, steps, in one picture."""
     device = ["--device", args.device]
     methods = {"DDPM": DDPM, "Robust_adv": [*LATE, *FIRST_ADV]}
     todo = []
@@ -231,7 +232,7 @@ def first(args):
 
 
 def read_records(args):
-    """{(row, "train" | "ddpm" | "ddim"): its record}; all of them are copied into OUT/records.json."""
+    """{(row, "train" | "ddpm" | "ddim"): its record}; all are copied into OUT/records.json."""
     records = {}
     for name, *_ in rows_of(args.size):
         for kind in ("train", "ddpm", "ddim"):
@@ -252,7 +253,7 @@ def scores(records, name, sampler, distance):
 
 
 def as_paper(ours, ours_plain, paper, paper_plain):
-    """Whether a row lies on the side of DDPM on which P1 has it: "yes", "no", or None if unknown."""
+    """Whether a row lies on the side of DDPM on which P1 has it: "yes", "no"; None if unknown."""
     if not (ours and ours_plain and paper and paper_plain):
         return None
     return "yes" if (ours[0] < ours_plain[0]) == (paper[0] < paper_plain[0]) else "no"
@@ -364,7 +365,7 @@ def main():
         return
     lines = table(args)
     (Path(args.out) / "table.md").write_text("\n".join(lines) + "\n")
-    runtime.write_metrics(args.out, started, seed=args.seed, device="cpu", n=len(todo), table=lines)
+    outputs.write_metrics(args.out, started, seed=args.seed, device="cpu", n=len(todo), table=lines)
     print("\n".join(lines))
 
 

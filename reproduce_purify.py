@@ -211,10 +211,10 @@ def autoattack(found, pair):
 
 
 def other_classifiers(found, pair):
-    specs = dict.fromkeys(found.args.classifiers)
+    specs = list(dict.fromkeys(found.args.classifiers))
     if found.size["wrn_large"]:
         found.classify("wrn-70-16", found.size["wrn_large"], found.args.data, found.args.test)
-        specs = {str(found.work / "wrn-70-16/classifier.pt"): None} | specs
+        specs = [str(found.work / "wrn-70-16/classifier.pt"), *specs]
     for i, spec in enumerate(specs):
         three = ["ddpm", "ddim", "edm-sde"]
         both = [*WHITE, *BOTH_NORMS]
@@ -275,7 +275,7 @@ def other_set(found, data):
 
 
 def purposes(found):
-    """-> lines: every table and figure of P2 with the folders of its numbers, or why it has none."""
+    """-> lines: each table and figure of P2 with the folders of its numbers, or why it has none."""
     lines = []
     for kind, last in (("Table", 15), ("Fig.", 9)):
         for i in range(1, last + 1):
@@ -362,5 +362,5 @@ def main(argv):
     (Path(args.out) / "table.md").write_text("\n".join(lines) + "\n")
     plot_sweeps(rows, Path(args.out) / "sweeps.png")
     todo = len(found.todo)
-    runtime.write_metrics(args.out, started, seed=args.seed, device="cpu", n=todo, table=lines)
+    outputs.write_metrics(args.out, started, seed=args.seed, device="cpu", n=todo, table=lines)
     print("\n".join(lines))

@@ -1,7 +1,7 @@
 """Rivals that also know nothing: when is adversarial training the right choice?
 
-    python rivals.py toy --data folder:cifar10/train --test folder:cifar10/test  # CPU, about 6 hours
-    python rivals.py full --data cifar10 --inception-weights PATH                # the published length
+    python rivals.py toy --data cifar10   # on a CPU, about 6 hours
+    python rivals.py full --data cifar10  # the published length
 
 The claim put to the test (P1): Robust_adv learns clean images from faulty ones and is told nothing
 about the fault. Nor are these: the pseudo-Huber loss, Ambient training with the noise estimated per
@@ -115,7 +115,7 @@ def commands(args):
 
 
 def read_records(todo, args):
-    """The record of every sample, by the folder of its training; all of them are in OUT/records.json."""
+    """The record of every sample, by the folder of its training; all are in OUT/records.json."""
     together, samples = {}, {}
     for done, _ in todo:
         *folders, _ = done.relative_to(args.work).parts
@@ -135,7 +135,9 @@ def judge(images, args):
     """{(fault, k): shares judged faulty of clean images, faulty images, samples of DDPM on clean
     images, samples of each method}."""
     device, _, _ = setup(args.device)
-    own = None if args.inception_weights else f"{args.work}/classifier/classifier.pt"
+    own = None
+    if "classifier" in SIZES[args.size] and not args.inception_weights:
+        own = f"{args.work}/classifier/classifier.pt"
     network, *_ = features_network(own, args.inception_weights)
 
     def features(x):  # uint8 (n, S, S, 3) -> (n, d)
@@ -270,7 +272,7 @@ def main():
     plot_samples(images, args, out / "samples.png")
     device, _, _ = setup(args.device)
     n = len(records)
-    runtime.write_metrics(out, started, seed=args.seed, device=device, n=n, table=lines)
+    outputs.write_metrics(out, started, seed=args.seed, device=device, n=n, table=lines)
     print("\n".join(lines))
 
 

@@ -21,33 +21,34 @@ import torch
 import torch.distributed as dist
 
 import outputs
-from outputs import reason, write_metrics  # noqa: F401, part of this file's interface
+from outputs import reason
 
 # --------------------------------------------------------------------------------------------------
 # device, precision, layout
 
 
-def setup(device, parallel=False):
+def setup(device, parallel=False, compiled=None):
     """--device auto | cpu | cuda | cuda:N -> (device, rank, world); joins torchrun's process group.
 
     parallel: whether the script divides its work; one that does not is refused under torchrun.
+    compiled: --compile; with False nothing is, the noise and the samplers' steps included.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d\d?)?", device):
         raise ValueError(f"--device {device}: need auto, cpu, cuda or cuda:N")
     device = torch.device(device)
-    rank, _, world = whole("RANK", 0), whole("LOCAL_RANK", 0), whole("WORLD_SIZE", 1)
+    rank, _, world = env_int("RANK", 0), env_int("LOCAL_RANK", 0), env_int("WORLD_SIZE", 1)
     if rank >= world:
         raise ValueError(f"RANK={rank} WORLD_SIZE={world}: in the environment, but not of torchrun")
     if world > 1 and not parallel:
         raise ValueError("torchrun: this script runs in one process; start it with python")
     if device.index is not None and world > 1:
-        raise ValueError(
-            f"--device {device}: under torchrun each process takes its own GPU; write --device cuda"
-        )
+        raise ValueError(f"--device {device}: torchrun gives each process its GPU, write cuda")
     if device.type == "cuda":
         device = pick_gpu(device)
+    if compiled is False:
+        torch.compiler.set_stance("force_eager")
     if world > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         long = datetime.timedelta(hours=12)  # one may decode a large set while the others wait
@@ -55,8 +56,8 @@ def setup(device, parallel=False):
     return device, rank, world
 
 
-def whole(name, default):
-    """A whole number of the environment."""
+def env_int(name, default):
+    """A whole number of the environment, else the default."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
         raise ValueError(f"{name}={text}: in the environment, but no whole number")
@@ -100,7 +101,7 @@ def fast_bf16():
 
 
 def layout(device, amp):
-    """channels_last; contiguous for bf16 on a CPU, where norms make channels_last 1.7 times slower."""
+    """channels_last; contiguous for bf16 on a CPU, where norms slow channels_last 1.7 times."""
     device = torch.device(device)
     slow = device.type == "cpu" and precision(device, amp) == torch.bfloat16
     return torch.contiguous_format if slow else torch.channels_last
@@ -114,7 +115,7 @@ def autocast(device, amp):
 @contextlib.contextmanager
 def machine_by_one(world):
     """One process of each machine runs the body first, to decode images; then the others."""
-    first = whole("LOCAL_RANK", 0) == 0
+    first = env_int("LOCAL_RANK", 0) == 0
     if world > 1 and not first:
         dist.barrier()
     yield
@@ -249,7 +250,8 @@ def idle_flags(parser, argv=None):
 
 
 def given_flags(parser, argv=None):
-    """The names of the flags that the user typed."""
+    """The names of the flags that the user typed; the parser's defaults are gone afterwards."""
+    parser._defaults.clear()  # of set_defaults
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     return set(vars(parser.parse_args(argv)))

@@ -13,6 +13,7 @@ import argparse
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -24,8 +25,9 @@ import outputs
 import runtime
 import weights
 from classifier import load_features
-from data import image_noise, load_images, to_float
+from data import load_images, to_float
 from losses import NoiseSchedule
+from rng import image_noise
 from runtime import SEED, autocast, between, flag, layout, load_checkpoint, precision, setup
 from samplers import SAMPLERS, own_flags
 from unet import UNet
@@ -34,7 +36,8 @@ from unet import UNet
 # flags
 
 
-UNSCORED = "features inception_weights"  # flags that --fid alone reads
+FID_FLAGS = "features inception_weights"  # which --fid alone reads
+COMPARED = 10_000  # images of either set at most in `diversity`, which compares all pairs
 
 
 def add_arguments(parser):
@@ -185,7 +188,7 @@ def sample_uint8(model, size, n, args, options, device, rank, world):
                     model, schedule, index, shape, args.seed, device, args.sampler, **options
                 )
                 if not x0[:count].isfinite().all():
-                    raise ValueError("the samples hold NaN or infinity; did training diverge?")
+                    raise outputs.Failed("samples hold NaN or infinity; did training diverge?")
                 pixels = metrics.to_uint8(x0[:count]).permute(0, 2, 3, 1)
                 images[index[:count]] = pixels.cpu().numpy()
                 done += count
@@ -222,33 +225,39 @@ def reference_name(args, trained):
     return args.data or trained["data"]
 
 
-def evaluate(images, args, scorer, data, device):
-    """Fréchet distance, class score and diversity of uint8 images (n, S, S, 3) against the clean
-    training images of `data`."""
-    reference, _ = load_images(data, images.shape[1], root=args.data_root)
-    network, name, key = scorer
+def reference_of(data, size, args, scorer, device):
+    """What `evaluate` compares with: the clean training images of `data`, measured once."""
+    images, _ = load_images(data, size, root=args.data_root)
+    network, _, key = scorer
     cache = Path(args.data_root) / "cache"
-    mu, cov = metrics.reference_moments(network, key, reference, cache, args.batch_size, device)
-    features, logits = metrics.extract(network, images, args.batch_size, device)
-    if not np.isfinite(features).all():
-        raise ValueError(f"{name}: the samples' features hold NaN; did training diverge?")
-    numbers = {name: metrics.frechet_distance(*metrics.moments(features), mu, cov)}
-    score = "IS" if name == "FID" else "class_score"  # the same formula, by another classifier
-    numbers[score], numbers[f"{score}_std"] = metrics.inception_score(logits)
-    every = -(-len(reference) // 10_000)
-    few = reference[::every]  # at most 10,000: the balls are compared in pairs
-    if len(images) > 5 and len(few) > 5:
-        real, _ = metrics.extract(network, few, args.batch_size, device)
-        numbers |= metrics.diversity(real, features)
-    numbers["n_reference"] = len(reference)
+    mu, cov = metrics.reference_moments(network, key, images, cache, args.batch_size, device)
+    few = images[:: -(-len(images) // COMPARED)]
+    real, _ = metrics.extract(network, few, args.batch_size, device)
     of_data = metrics.image_statistics(to_float(torch.from_numpy(np.array(few))))
+    numbers = dict(n_reference=len(images))
     for key, value in of_data.items():
         numbers[f"data_{key}"] = value
-    return numbers
+    return SimpleNamespace(mu=mu, cov=cov, real=real, numbers=numbers)
+
+
+def evaluate(images, args, scorer, reference, device):
+    """Fréchet distance, class score and diversity of uint8 images (n, S, S, 3) against the
+    reference of `reference_of`."""
+    network, name, _ = scorer
+    features, logits = metrics.extract(network, images, args.batch_size, device)
+    if not np.isfinite(features).all():
+        raise outputs.Failed(f"{name}: the samples' features hold NaN; did training diverge?")
+    moments = metrics.moments(features)
+    numbers = {name: metrics.frechet_distance(*moments, reference.mu, reference.cov)}
+    score = "IS" if name == "FID" else "class_score"  # the same formula, by another classifier
+    numbers[score], numbers[f"{score}_std"] = metrics.inception_score(logits)
+    if len(images) > 5 and len(reference.real) > 5:
+        numbers |= metrics.diversity(reference.real, features[:COMPARED])
+    return numbers | reference.numbers
 
 
 def prepare_scorer(models, args):
-    """The scorer of `evaluate`, or None; before any sampling, so that a missing set costs no work."""
+    """The scorer of `evaluate`, or None. Before sampling, so that a missing set costs no work."""
     if args.fid or args.data:
         for _, size, trained in models.values():
             load_images(reference_name(args, trained), size, root=args.data_root)
@@ -276,7 +285,7 @@ def sample_and_score(runs, args):
     options = {}
     for out, (_, steps, spacing) in runs.items():
         options[out] = sampler_options(args, steps, spacing)
-    device, rank, world = setup(args.device, parallel=True)
+    device, rank, world = setup(args.device, True, args.compile)
     models = {}
     for path, _, _ in runs.values():
         if path not in models:
@@ -288,7 +297,7 @@ def sample_and_score(runs, args):
             if args.png and (images / "000000.png").exists() and not (images / ".count").exists():
                 raise ValueError(f"--out {out}: {images} holds pictures of another origin")
     scorer = prepare_scorer(models, args) if rank == 0 else None
-    results = {}
+    results, references = {}, {}
     for out, (path, _, _) in runs.items():
         started = time.time()
         model, size, trained = models[path]
@@ -301,9 +310,11 @@ def sample_and_score(runs, args):
             if len(images) < args.n:
                 settings["interrupted"] = True
             if scorer:
-                settings["reference"] = reference_name(args, trained)
-                numbers |= evaluate(images, args, scorer, settings["reference"], device)
-            runtime.write_metrics(
+                settings["reference"] = data = reference_name(args, trained)
+                if (data, size) not in references:
+                    references[data, size] = reference_of(data, size, args, scorer, device)
+                numbers |= evaluate(images, args, scorer, references[data, size], device)
+            outputs.write_metrics(
                 out, started, seed=args.seed, device=device, n=len(images), **settings, **numbers
             )
             shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
@@ -333,7 +344,7 @@ def main():
         why = "not understood; for several --ckpt, --steps or --spacing use compare.py"
         raise ValueError(f"{' '.join(rest)}: {why}")
     idle = runtime.idle_flags(parser)
-    idle(not args.fid, f"data {UNSCORED}", "without --fid")
+    idle(not args.fid, f"data {FID_FLAGS}", "without --fid")
     if args.export:
         outputs.claim(args.export)
         args.amp, args.compile = "fp32", False

@@ -49,7 +49,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from losses import NoiseSchedule, frozen, like, predict_x0, scaled_gradient
-from rng import image_noise
+from rng import noise_on
 from samplers import clipped, ddim_step, ddim_timesteps, ddpm_step, ddpm_timesteps
 
 OBJECTIVES = ["ldm", "x0", "mean", "eps"]
@@ -148,13 +148,10 @@ class Attack:
         self.steps = attacked_steps(len(self.pairs), self.share)
         spread = np.linspace(0, len(self.steps) - 1, min(self.probes, len(self.steps)))
         self.probed = {self.steps[round(k)] for k in spread}
-        alphas_bar = self.schedule.alphas_bar.to(self.index.device)  # no copies in the loop
-        self.abars = torch.cat([torch.ones_like(alphas_bar[:1]), alphas_bar])  # at index t + 1
+        self.abars = self.schedule.levels(self.index.device)  # no copies in the loop
         zeros = torch.zeros(len(self.index), dtype=torch.float64, device=self.index.device)
         self.counts = {name: zeros.clone() for name in COUNTED}
-        self.noise = image_noise
-        if self.index.is_cuda:  # one kernel, compiled once for all steps
-            self.noise = torch.compile(image_noise, dynamic=False)
+        self.noise = noise_on(self.index.device.type)
 
     def __call__(self, i, t, x_t):
         if i not in self.steps:

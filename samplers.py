@@ -185,8 +185,7 @@ def follow(model, schedule, x_T, pairs, step, noise=None, on_step=None, compiled
     """x <- step(x, eps_theta(x, t), z, abar_t, abar_t_prev) over all pairs (t, t_prev); keeps
     gradients.
     """
-    alphas_bar = schedule.alphas_bar.to(x_T.device)
-    abars = torch.cat([torch.ones_like(alphas_bar[:1]), alphas_bar])  # at index t + 1
+    abars = schedule.levels(x_T.device)
     update = torch.compile(advance, dynamic=False) if compiled else advance
     x = x_T
     for i, (t, t_prev) in enumerate(pairs):
@@ -250,8 +249,8 @@ def heun_follow(
 
 
 def edm_follow(
-    model, schedule, x, sigma_max, steps=18, S_churn=0.0, S_min=0.0, S_max=float("inf"), S_noise=1.0,
-    clip=True, noise=None, compiled=False, real_t=None,
+    model, schedule, x, sigma_max, steps=18, S_churn=0.0, S_min=0.0, S_max=float("inf"),
+    S_noise=1.0, clip=True, noise=None, compiled=False, real_t=None,
 ):  # fmt: skip
     """EDM's Algorithm 2 (Karras et al., 2022) on an eps-network, from x = x_0 + sigma_max N(0, I)
     -> x_0, with 2 steps - 1 network calls; keeps gradients.

@@ -27,7 +27,7 @@ import outputs
 import runtime
 import toy3d_data as toy
 from losses import NoiseSchedule, ddpm_loss, robust_loss
-from runtime import between, cli, idle_flags, setup, write_metrics
+from runtime import between, cli, idle_flags, setup
 from samplers import ddim_sample, ddpm_sample
 from toy3d_figures import figure_2a, figure_2b, figure_2c, figure_5
 
@@ -102,7 +102,7 @@ def train(method, jobs, args, schedule, plain=None):
 
     torch.manual_seed(args.seed)
     model = MLP(len(jobs)).to(args.device)
-    late = round(args.reg_last * args.steps) if method.startswith("late") else args.steps
+    late = max(1, round(args.reg_last * args.steps)) if method.startswith("late") else args.steps
     if late == args.steps:
         fit(model, method, args.steps, LR, data, args, schedule)
         return model
@@ -123,7 +123,7 @@ def fit(model, method, steps, lr, data, args, schedule):
     every = torch.arange(model.M, device=data.device)
     regulariser = dict(lam=args.lam, omega=args.omega, gamma=args.gamma)
     if method.startswith("late"):
-        regulariser["share"] = round(args.reg_share * BATCH) / BATCH
+        regulariser["share"] = max(1, round(args.reg_share * BATCH)) / BATCH
     for _ in tqdm(range(steps), desc=method, mininterval=1, leave=False):
         index = torch.randint(data.shape[1], (BATCH, model.M), device=data.device)
         x0 = data[every, index].view(-1, 3)
@@ -295,7 +295,7 @@ def run(args, idle, function):
     numbers = function(args, out, NoiseSchedule().to(args.device))
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "device", "seed", "n")}
     about = dict(seed=args.seed, device=args.device, n=args.n, settings=settings)
-    write_metrics(out, started, **about, **numbers)
+    outputs.write_metrics(out, started, **about, **numbers)
     print(f"{time.time() - started:.0f} s -> {out}")
 
 

@@ -271,7 +271,7 @@ def main():
     idle = idle_flags(parser)
     idle(args.by_t, "n sample_steps", "with --by-t")
     idle(not args.by_t, "noises", "without --by-t")
-    idle(args.late, "reg_last reg_share lam", "with --late, which goes through them")
+    idle(args.late, "methods reg_last reg_share lam", "with --late, which has its own")
     run(args, idle, smoothness if args.by_t else late if args.late else sweep)
 
 

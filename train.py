@@ -29,8 +29,9 @@ from tqdm import tqdm
 import metrics
 import runtime
 import training
-from data import CORRUPTIONS, NAMES, Batches, seed_at
+from data import CORRUPTIONS, NAMES, Batches
 from losses import NoiseSchedule, addt_loss, ambient_loss, ddpm_loss, huber_loss, robust_loss
+from rng import seed_at
 from runtime import between, given_flags, precision, setup
 from unet import PRESETS
 
@@ -47,8 +48,8 @@ def regularised(perturb, constraint):
     def objective(model, schedule, args, x0, t, eps, beta, u, **_):  # Eq. 10
         settings = {name: getattr(args, name) for name in RAY}
         return robust_loss(
-            model, schedule, x0, t, eps, perturb, constraint, beta=beta, u=u,
-            share=args.reg_share, t_min=args.reg_from, **settings,
+            model, schedule, x0, t, eps, perturb, constraint, objective=args.objective,
+            beta=beta, u=u, share=args.reg_share, t_min=args.reg_from, **settings,
         )  # fmt: skip
 
     return objective
@@ -71,15 +72,16 @@ def addt(model, schedule, args, x0, t, eps, y=None, classifier=None, **_):
     )  # fmt: skip
 
 
-RAY = "lam omega gamma ray_units objective detach".split()
+RAY = "lam omega gamma ray_units detach".split()
 REGULARISER = [*RAY, "reg_last", "reg_share", "reg_from", "reg_lr"]
+ATTACK = [*REGULARISER, "objective"]
 ADDT = "classifier addt_guide addt_perturb addt_unit addt_max".split()
 OBJECTIVES = {  # --robust: (objective, the flags that it alone reads, what it is)
     "none": (ddpm, [], "DDPM (Eq. 4)"),
     "ran": (regularised("ran", "equivariance"), REGULARISER, "Robust_ran (Eq. 10)"),
-    "adv": (regularised("adv", "equivariance"), REGULARISER, "Robust_adv (Eq. 10)"),
+    "adv": (regularised("adv", "equivariance"), ATTACK, "Robust_adv (Eq. 10)"),
     "inv-ran": (regularised("ran", "invariance"), REGULARISER, "invariance (Eq. 9), must fail"),
-    "inv-adv": (regularised("adv", "invariance"), REGULARISER, "the same, adversarial"),
+    "inv-adv": (regularised("adv", "invariance"), ATTACK, "the same, adversarial"),
     "addt": (addt, ADDT, "fine-tunes --init, by default with P2's recipe"),
     "ambient": (ambient, ["sigma_scale", "noisy_above"], "rival: noise estimated per image"),
     "huber": (huber, ["huber_c"], "rival: pseudo-Huber loss"),
@@ -182,14 +184,14 @@ def phase(args, step):
     anew, its rate falls linearly to 0, and the average of the weights starts anew, which would hold
     those of the first phase for too long (how is ours; P1's later version regularises late too).
     """
-    begin = change(args)
+    begin = regulariser_begins(args)
     if 0 < begin <= step:
         left = (args.iters - step) / (args.iters - begin)
         return True, step - begin, args.lr * args.reg_lr * left, args.warmup // 10
     return begin == 0, step, args.lr, args.warmup
 
 
-def change(args):
+def regulariser_begins(args):
     """The first step at which --robust's own objective acts; before it, training is plain DDPM."""
     if "reg_last" not in OBJECTIVES[args.robust][1]:
         return 0
@@ -212,9 +214,13 @@ def draw_numbers(generator, seed, step, T, B, size):
 
 
 def prepare(net, args, device, world=1, backend=None, cast_once=None):
-    """What `train_step` works on; backend: torch.compile's, if any. params: the float32 weights;
-    weights: those that compute, with cast_once (None: on a GPU, where a cast is a launch) copies of
-    them in lower precision; else autocast casts next to their use."""
+    """-> what `train_step` works on. backend: torch.compile's, or None.
+
+    params are the float32 weights, which the optimizer moves. weights are those of the network that
+    computes: with cast_once copies of params in lower precision, made once a step, else params
+    themselves, which autocast casts at each use. cast_once: by default on a GPU, where each cast is
+    a launch.
+    """
     optimizer = dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW)[args.optimizer]
     options = dict(lr=args.lr, betas=(args.beta1, 0.999), weight_decay=args.weight_decay)
     params = list(net.parameters())
@@ -284,9 +290,9 @@ def train_step(state, args, step, batches, classifier=None):
 def main():
     args = parse_args()
     started = time.time()
-    device, rank, world = setup(args.device, parallel=True)
+    device, rank, world = setup(args.device, True, args.compile)
     path = Path(args.out) / "ckpt.pt"
-    ckpt = training.resume(args, path, change) if args.resume else None
+    ckpt = training.resume(args, path, regulariser_begins) if args.resume else None
     args.amp = runtime.amp_name(device, args.amp)  # a resumed run computes as it began
     training.check(args, world, OBJECTIVES)
     run = training.prepare_run(args, ckpt, device, rank, world)
@@ -297,9 +303,10 @@ def main():
     interrupt = runtime.Interrupt(world)
     fp16 = state.scaler.is_enabled()
     log = runtime.Log(run.out / "metrics.jsonl", first, args.batch_size, device, rank, world, fp16)
+    begin = regulariser_begins(args)
     probed, gains = metrics.probe(run.data, args.seed)
     if rank == 0:
-        training.describe(args, run, first, change(args))
+        training.describe(args, run, first, begin)
     step = first
     title = f"train {args.robust}"
     bar = tqdm(desc=title, initial=first, total=args.iters, unit="step", disable=rank > 0)
@@ -312,7 +319,7 @@ def main():
             bar.update()
             save_due = step % args.save_every == 0 or step == args.iters
             grid_due = args.sample_every and step % args.sample_every == 0 and step < args.iters
-            if step % args.log_every == 0 or save_due or grid_due or step == change(args):
+            if step % args.log_every == 0 or save_due or grid_due or step == begin:
                 # before saving: a checkpoint never holds the result of a non-finite loss
                 more = metrics.diagnose(state, probed, gains) if save_due else {}
                 line = log.flush(step, training.advice(path), **more)

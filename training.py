@@ -175,7 +175,7 @@ def check(args, world, objectives):
     parts = f"{world} processes x --accum {args.accum}"
     if args.batch_size % (world * args.accum):
         raise ValueError(f"--batch-size {args.batch_size}: must divide by {parts}")
-    rows = args.reg_share * args.batch_size  # those of a part are rounded by themselves
+    rows = round(args.reg_share * args.batch_size, 6)  # those of a part are rounded by themselves
     if "reg_share" in objectives[args.robust][1] and world * args.accum > 1:
         if rows % (world * args.accum):
             raise ValueError(f"--reg-share {args.reg_share}: {rows:g} rows must divide by {parts}")
@@ -215,9 +215,9 @@ FREE = """out resume overwrite init iters accum device compile save_every sample
           data_root""".split()
 
 
-def resume(args, path, change):
+def resume(args, path, regulariser_begins):
     """The checkpoint to continue from; its settings replace the defaults, a flag that contradicts
-    them is refused. change: see train.py."""
+    them is refused. regulariser_begins: see train.py."""
     ckpt = load_checkpoint(path)
     kinds = dict(kind=str, step=int, args=dict, model=dict, ema=dict, optimizer=dict, scaler=dict)
     wrong = [name for name, kind in kinds.items() if not isinstance(ckpt.get(name), kind)]
@@ -235,8 +235,9 @@ def resume(args, path, change):
             raise ValueError(f"{flag(name)} {getattr(args, name)}: {what}; {how}")
     if args.iters < ckpt["step"]:
         raise ValueError(f"--iters {args.iters}: {path} is at step {ckpt['step']} already")
-    before = change(SimpleNamespace(**ckpt["args"]))
-    if change(args) != before and ckpt["step"] > min(before, change(args)):
+    before = regulariser_begins(SimpleNamespace(**ckpt["args"]))
+    begin = regulariser_begins(args)
+    if begin != before and ckpt["step"] > min(before, begin):
         raise ValueError(
             f"--iters {args.iters}: the regulariser of {path} began at step {before} of "
             f"{ckpt['args']['iters']}, which step {ckpt['step']} has passed; start another --out "
@@ -316,8 +317,8 @@ def grid(step, state, args, run):
 # what a run says and leaves
 
 
-def describe(args, run, first, change):
-    """What will be trained, in a few lines. change: the step at which the regulariser sets in."""
+def describe(args, run, first, begin):
+    """What will be trained, in a few lines. begin: the step at which the regulariser sets in."""
     size = sum(p.numel() for p in run.net.parameters()) / 1e6
     level = f" {args.sigma}" if args.sigma > 0 else ""
     S = run.data.shape[1]
@@ -326,9 +327,9 @@ def describe(args, run, first, change):
         f"{int(run.data.corrupted.sum())} with {args.corrupt}{level}, {run.device} x {run.world}, "
         f"steps {first}..{args.iters} -> {args.out}"
     )
-    if change > 0:
+    if begin > 0:
         print(
-            f"plain DDPM up to step {change}, then the regulariser (--reg-last {args.reg_last}) "
+            f"plain DDPM up to step {begin}, then the regulariser (--reg-last {args.reg_last}) "
             f"on {args.reg_share:.0%} of the rows, at t >= {args.reg_from}"
         )
     if run.sigma_y is not None:
@@ -350,8 +351,9 @@ def finish(args, run, step, started):
         if run.sigma_y is not None:
             numbers["judged_noisy"] = int((run.sigma_y > 0).sum())
         n = len(run.data)
-        runtime.write_metrics(run.out, started, seed=args.seed, device=run.device, n=n, **numbers)
-    print(f"step {step}: {run.out}/ckpt.pt, {run.out}/grid.png, {run.out}/loss.png")
+        outputs.write_metrics(run.out, started, seed=args.seed, device=run.device, n=n, **numbers)
+    files = [run.out / name for name in ("ckpt.pt", "grid.png", "loss.png")]
+    print(f"step {step}: {', '.join(str(file) for file in files if file.exists())}")
 
 
 def plot(lines, path, args):

@@ -18,7 +18,8 @@ from torch import nn
 
 import weights
 from rng import scramble
-from runtime import load_checkpoint, reason
+from outputs import reason
+from runtime import load_checkpoint
 
 PRESETS = {
     # DDPM on CIFAR-10, attention at 16x16: 35.7 M parameters.
@@ -79,7 +80,7 @@ class Dropout(nn.Module):
             return F.dropout(x, self.p, self.training)
         number = torch.arange(x[0].numel(), dtype=torch.int32, device=x.device)
         row = scramble(scramble(keys.to(torch.int32)) ^ self.number).view(-1, 1, 1, 1)
-        random = scramble(number.view(x.shape[1:]) ^ row) ^ -(2**31)  # in the order of their signs
+        random = scramble(number.view(x.shape[1:]) ^ row) ^ -(2**31)  # as if unsigned
         keep = random >= round(self.p * 2**32) - 2**31
         return x * keep.to(x.dtype) / (1 - self.p)
 
@@ -100,7 +101,7 @@ class ResBlock(nn.Module):
         blocks; keys: of Dropout.
         """
         h = F.conv2d(F.silu(self.norm1(x)), self.conv1.weight, padding=1)
-        # one sum over pixels in the backward
+        # shift and bias added first, so that the backward sums over the pixels once
         h = h + (shift + self.conv1.bias.to(shift.dtype))[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h)), keys))
         return self.skip(x) + h
@@ -150,9 +151,9 @@ class UNet(nn.Module):
     patch      the network sees patch x patch pixels as channels (ours, for CPUs: wants channels[0]
                well above 2 in_channels patch^2)
 
-    `config` rebuilds the network: UNet(**net.config). mask_keys: (B,) int64 or None. The forwards of
-    Robust_adv compare outputs: with a dropout mask each, the attack and the regulariser would hold
-    the masks' noise, so that train.py gives the rows of a batch one mask for a whole step (ours).
+    `config` rebuilds the network: UNet(**net.config). mask_keys: (B,) int64 or None. The forwards
+    of Robust_adv compare outputs: with a dropout mask each, the attack and the regulariser would
+    hold the masks' noise. So train.py gives the rows of a batch one mask for a whole step (ours).
     """
 
     real_t = True  # EDM's sampler may ask for a t between two steps
@@ -182,7 +183,8 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(c0, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         self.conv_in = conv3x3(in_channels * patch**2, c0)
 
-        self.down, skips, c = nn.ModuleList(), [c0], c0
+        self.down = nn.ModuleList()
+        skips, c = [c0], c0
         for i, width in enumerate(channels):
             widths = [(c if j == 0 else width, width) for j in range(blocks)]
             resample = conv3x3(width, width, stride=2, padding=0) if i < last else None
@@ -248,7 +250,8 @@ class UNet(nn.Module):
     def refuse_size(self, height, width):
         if height % self.factor or width % self.factor:
             raise ValueError(
-                f"--image-size {height}x{width} does not divide by {self.factor}, as this network needs"
+                f"--image-size {height}x{width} does not divide by {self.factor}, as this network "
+                "needs"
             )
 
     def forward(self, x, t):
@@ -257,7 +260,7 @@ class UNet(nn.Module):
         emb = timestep_embedding(t, self.time[0].in_features).to(self.time[0].weight.dtype)
         shifts = self.shifts(F.silu(self.time(emb)))
         keys = self.mask_keys
-        if keys is not None:  # of x's first rows, then of the first again
+        if keys is not None:  # Robust_ran repeats the first rows of a batch behind it
             keys = torch.cat([keys, keys])[: len(x)]
 
         h = self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)

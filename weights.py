@@ -1,6 +1,6 @@
 """Weights: into a network that they fit, and of unet.UNet as diffusers' UNet2DModel and back.
 
-    python sample.py --ckpt out/ckpt.pt --export folder  # for DDPMPipeline.from_pretrained("folder")
+    python sample.py --ckpt out/ckpt.pt --export F  # for DDPMPipeline.from_pretrained("F")
     net = UNet.from_diffusers("ddpm-cifar10-32/")
 
 A .safetensors file takes `pip install safetensors`.
@@ -160,7 +160,7 @@ def highest(pattern, state):
 
 
 def read_config(folder):
-    """-> the folder with config.json, that of a model or of a pipeline around it, and its content."""
+    """-> the folder with config.json, of a model or of a pipeline around it, and its content."""
     folder = Path(folder)
     if (folder / "unet").is_dir():
         folder = folder / "unet"

@@ -16,8 +16,9 @@ import attack
 import sample
 import sampler_attack
 import samplers
-from data import CORRUPTION_STREAM, image_noise
+from data import CORRUPTION_STREAM
 from losses import NoiseSchedule
+from rng import image_noise
 from runtime import save_checkpoint
 from sampler_attack import Attack
 from unet import PRESETS, UNet

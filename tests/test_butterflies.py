@@ -58,6 +58,8 @@ def test_pca_recovers_a_known_subspace_and_its_scales(subspace):
     assert np.abs(scales_hat / scales.numpy() - 1).max() < 0.02
     assert np.abs(mu_hat - mu.numpy()).max() < 0.2
     assert 0 < fit_subspace(x.numpy(), 2)[3] < 0.8  # (25 + 16) / 55
+    with pytest.raises(ValueError, match="need 1 .. 12"):  # more images than values of one
+        fit_subspace(np.random.default_rng(0).normal(size=(30, 12)), 13)
 
 
 def test_rows_are_images_in_the_order_the_network_sees():

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from cli import call
 
 import compare
+import metrics
 import outputs
 import sample
 from runtime import save_checkpoint
@@ -234,6 +235,46 @@ def test_fid_needs_a_reference(capsys, monkeypatch, ckpts, tmp_path):
             == 2
         )
         assert message in capsys.readouterr().err
+
+
+def test_samples_of_two_sizes_stand_side_by_side(tmp_path):
+    """But there are no training images to compare both with."""
+    args = argparse.Namespace(data=None, data_root=str(tmp_path), n=2)
+    trained = dict(data="synthetic:64", p=0.9, sigma=0.2, seed=0)
+    results = {}
+    for size in (8, 16):
+        results[tmp_path / f"{size}"] = torch.zeros(2, 3, size, size), dict(noise_level=0), trained
+    compare.side_by_side(results, tmp_path, args)
+    names = [line.split(",")[0] for line in (tmp_path / "table.csv").read_text().splitlines()]
+    assert names == ["name", "8", "16"]
+
+
+def test_diversity_compares_no_more_than_its_limit(monkeypatch, tmp_path):
+    """All pairs of 50,000 samples would take 10 GB."""
+    found = []
+    monkeypatch.setattr(sample, "COMPARED", 10)
+    monkeypatch.setattr(metrics, "diversity", lambda *sets: found.append([*map(len, sets)]) or {})
+    args = argparse.Namespace(data_root=str(tmp_path), batch_size=32)
+    scorer = Colours(), "FID", "colours"
+    reference = sample.reference_of("synthetic:64", 8, args, scorer, "cpu")
+    images = np.zeros((20, 8, 8, 3), np.uint8)
+    numbers = sample.evaluate(images, args, scorer, reference, "cpu")
+    assert found == [[10, 10]] and numbers["n_reference"] == 64
+
+
+def test_a_diverged_network_is_failed_work(ckpts, capsys, tmp_path):
+    ckpt = torch.load(ckpts[0], weights_only=True)
+    ckpt["ema"]["conv_out.bias"].fill_(3e38)
+    save_checkpoint(tmp_path / "huge.pt", ckpt)
+    flags = [*FLAGS, "--steps", 2, "--no-clip", "--out", tmp_path / "o"]
+    assert call(sample, "--ckpt", tmp_path / "huge.pt", *flags) == 1
+    assert "did training diverge" in capsys.readouterr().err
+
+
+def test_a_network_without_the_noisy_images_is_not_ddpm():
+    for robust, drop, style in (("none", False, "none"), ("none", True, "drop"), ("adv", True, None)):
+        assert outputs.method_of(dict(robust=robust, drop_noisy=drop)) == style
+    assert outputs.method_of({}) is None
 
 
 @pytest.mark.parametrize(

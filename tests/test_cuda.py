@@ -34,9 +34,9 @@ import samplers
 import train
 import training
 from classifier import Features, WideResNet
-from data import CORRUPTION_STREAM, CorruptedImages, image_noise
+from data import CORRUPTION_STREAM, CorruptedImages
 from losses import NoiseSchedule
-from rng import philox
+from rng import image_noise, philox
 from unet import PRESETS, UNet
 
 try:
@@ -258,7 +258,7 @@ def test_devices_of_the_attack(gpu, monkeypatch):
 @pytest.mark.parametrize("sampler", purification.SAMPLERS)
 def test_devices_of_a_purifier_under_attack(gpu, sampler, monkeypatch):
     monkeypatch.setattr(
-        purification, "noise_on", lambda kind: data.image_noise
+        purification, "noise_on", lambda kind: image_noise
     )  # compiled on a GPU: see test_kernels_of_the_noise
     monkeypatch.setattr(NoiseSchedule, "sigmas", SIGMAS)
     net = purification.PurifiedClassifier(
@@ -385,7 +385,7 @@ import importlib, sys
 sys.path[:0] = [{folder!r}, {root!r}]
 import torch
 import rng
-from rng import philox
+from rng import image_noise, philox
 
 class Kernel:
     def __init__(self, name):

@@ -13,11 +13,10 @@ from data import (
     Batches,
     CorruptedImages,
     Order,
-    image_noise,
     load_images,
     synthetic_butterflies,
 )
-from rng import philox
+from rng import image_noise, philox
 
 ALL_ONES = 0xFFFFFFFF
 

@@ -174,7 +174,7 @@ TABLE = [
     (toy3d, "--points 1000000000000", "--points 1000000000000"),
     (toy3d, "--steps 1000000000000000000000", "--steps"),
     (toy3d_sweep, "--n 1000000000000", "--n 1000000000000"),
-    (butterflies_pca, "--components 200", "--components 200: need 1 .. number of images - 1"),
+    (butterflies_pca, "--components 200", "--components 200: need 1 .. 63 (64 images of 192 values)"),
     (butterflies_pca, "--n-train 1000000000000", "--n-train"),
     (butterflies_pca, "--n-eval 1000000000000", "--n-eval"),
     (butterflies_pca, "--channels 1000000000000", "--channels"),

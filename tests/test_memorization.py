@@ -1,5 +1,6 @@
 """memorization.py: planted copies are found and ranked, the search is exact, the null and the counts are right."""
 
+import argparse
 import json
 import sys
 
@@ -186,6 +187,14 @@ def test_folders_and_checkpoints_in_classifier_features(run):
         2,
     ]
     assert len(found["b/similarity"]) == 3 and "classifier.pt" in record["features"]
+
+
+def test_an_interrupted_sample_is_not_searched(root, monkeypatch):
+    monkeypatch.setattr(memorization, "sample_uint8", lambda model, size, n, *_: np.zeros((n - 1,)))
+    args = argparse.Namespace(n=3, raw=False, compile=False, image_size=None, amp="fp32")
+    _, _, images = memorization.open_samples(root / "ckpt.pt", args, {}, torch.device("cpu"))
+    with pytest.raises(KeyboardInterrupt):
+        images()
 
 
 def test_dinov2_from_a_local_clone(run, root, monkeypatch):

@@ -557,6 +557,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(files, tmp_path, monkeypatch, capsys)
         for row in record["runs"]:
             del row["seconds"]
     assert records[0]["runs"] == records[1]["runs"]
+    assert run(*argv, "--batch-size", 3, "--out", tmp_path / "parts", "--resume") == 0
     assert run(*argv, "--eot", 2, "--out", tmp_path / "parts", "--resume") == 2
     assert "is of another --eot" in capsys.readouterr().err
 

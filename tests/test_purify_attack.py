@@ -10,9 +10,9 @@ from torch import nn
 
 import purify
 import purify_attack
-from data import image_noise
 from purification import PurifiedClassifier, image_draws
 from purify_attack import gradient_of, loss_of, over_draws
+from rng import image_noise
 
 
 def test_draws_per_step_by_default():

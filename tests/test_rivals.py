@@ -118,6 +118,19 @@ def test_every_number_stands_in_its_cell(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("size, own", [("toy", "runs/classifier/classifier.pt"), ("full", None)])
+def test_who_judges(size, own, monkeypatch):
+    """A classifier of its own where the list trains one, else Inception."""
+
+    def network(features, inception_weights):
+        raise LookupError(features)
+
+    monkeypatch.setattr(rivals, "features_network", network)
+    args = argparse.Namespace(size=size, inception_weights=None, work="runs", device="cpu")
+    with pytest.raises(LookupError, match=str(own)):
+        rivals.judge(None, args)
+
+
 def test_bad_input(monkeypatch, tmp_path):
     for flags, message in (
         (["--data", "folder:x"], "--test"),

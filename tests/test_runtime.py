@@ -24,6 +24,23 @@ def test_images_per_second_are_those_since_the_last_line(tmp_path, monkeypatch):
     assert rates == [5.0, 5.0, 5.0]
 
 
+@pytest.mark.parametrize("compiled", [None, False])
+def test_no_compile_compiles_nothing(compiled):
+    """Whatever a script hands to torch.compile."""
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(graph)
+        return graph
+
+    try:
+        runtime.setup("cpu", compiled=compiled)
+        torch.compile(lambda x: x + 1, backend=backend)(torch.zeros(2))
+    finally:
+        torch.compiler.set_stance("default")
+    assert bool(calls) == (compiled is None)
+
+
 @pytest.mark.parametrize("ignored", [True, False])
 def test_an_ignored_signal_stays_ignored(ignored):
     """As under nohup, and of a shell's background job."""

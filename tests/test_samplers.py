@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import image_noise
 from losses import NoiseSchedule
+from rng import image_noise
 from samplers import (
     ddim_sample,
     ddim_step,

@@ -421,3 +421,9 @@ def test_a_small_grid_of_late_phases(tmp_path, monkeypatch):
     results = json.loads((tmp_path / "metrics.json").read_text())["results"]
     assert len(results) == 1 + 2 * 3 * 2
     assert "0.5/0.25/1/3-gaussians/late-adv" in results and "3-gaussians/none" in results
+
+
+def test_late_phases_have_their_own_methods(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["toy3d_sweep.py", "--late", "--methods", "ran"])
+    with pytest.raises(ValueError, match="--methods: has no effect with --late"):
+        toy3d_sweep.main()

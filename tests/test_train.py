@@ -920,6 +920,7 @@ def test_addt_resumes_bit_for_bit_and_needs_its_classifier(
         "--addt-max 1.5": [*guided, "--addt-max", 1.5],
         "--addt-unit: has no effect": [*SMALL, "--addt-unit", 0.1],
         "--addt-guide: has no effect": [*SMALL, "--addt-guide", "mse"],
+        "--objective: has no effect": [*SMALL, "--robust", "ran", "--objective", "ldm"],
         "no such checkpoint": [*addt, "--classifier", tmp_path / "no.pt"],
         "holds no classifier": [*addt, "--classifier", checkpoint / "ckpt.pt"],
         "knows 3 classes": [*addt, "--classifier", classifiers / "3.pt"],
@@ -1060,3 +1061,11 @@ def test_the_same_line_with_resume_continues(tmp_path, no_pictures):
     args = [*SMALL[:-1], "auto", "--out", tmp_path / "o"]
     assert call(train, *args, "--iters", 1) == 0
     assert call(train, *args, "--iters", 2, "--resume") == 0
+
+
+def test_a_share_of_whole_rows_in_decimals():
+    """0.28 * 100 is not quite 28 in binary; it divides by 4 all the same."""
+    flags = "--robust ran --batch-size 100 --accum 4 --reg-share 0.28".split()
+    training.check(train.parse_args([*SMALL, *flags]), 1, train.OBJECTIVES)
+    with pytest.raises(ValueError, match="--reg-share 0.3: 30 rows"):
+        training.check(train.parse_args([*SMALL, *flags[:-1], "0.3"]), 1, train.OBJECTIVES)

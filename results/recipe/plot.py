@@ -1,4 +1,4 @@
-"""curves.png, from metrics.json beside this file: `python results/recipe/plot.py` in the repository.
+"""curves.png, from metrics.json beside this file: `python results/recipe/plot.py`, at the top.
 
 Left and middle: distance to the clean test images against the steps of training, one dot a seed.
 Right: what is left of the noise, and the distance, after 10,000 steps, one dot a method and seed.
