@@ -7,7 +7,7 @@
 The claim (P1 §3.3, "Faster Sampling", Table 1 right): with fewer steps of Eq. 5, Robust_adv
 degrades gracefully where DDPM collapses, most of all at 300 of 1,000. P1 does not say which steps
 it leaves out, and the claim hangs on that: the three rules of samplers.ddpm_timesteps (ours) are
-there to find out which of them shows it; in our runs, `truncated`.
+there to find out which of them shows it; in our runs `truncated`, at 100 and 50 steps (RESULTS.md).
 
 Leaves, for each sample, --out/NAME/ as sample.py leaves its --out, with NAME =
 FOLDER[-STEPS][-SPACING], the folder of the checkpoint and what else differs; and

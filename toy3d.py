@@ -1,4 +1,4 @@
-"""Outliers in three dimensions: Robust_adv rejects them, Robust_ran fewer, DDPM reproduces them.
+"""Outliers in three dimensions: DDPM reproduces them, Robust_ran draws fewer, Robust_adv fewest.
 
 A fifth of the training points is noise; invariance instead of equivariance adds more. The price is
 variety: the samples lie closer to the middle of their mode. RESULTS.md has the numbers. Density and
