@@ -6,7 +6,7 @@ score are known in closed form (toy3d_data.py); the losses are losses.py's, unch
 
     python toy3d.py           # outliers, seven methods, one seed, 3,000 steps: 1 minute
     python toy3d.py --full    # + clean and inliers, three seeds, 10,000 steps: half an hour
-    python toy3d.py --noises inliers --share 0.5 --methods none,late-adv
+    python toy3d.py --noises inliers --share 0.5 --methods none late-adv
 
 Leaves in --out, as PNG and PDF: fig2a (samples), fig2b (score fields), fig2c (the ray), fig5 (the
 flow); samples.npz with arrays set/noise/method, (n, 3) in data units, of the first seed; and
@@ -249,9 +249,9 @@ def add_arguments(parser):
     add = parser.add_argument
     share = between(0, 1, above=True)
     add("--full", action="store_true", help="all noises, three seeds")
-    add("--sets", default=",".join(toy.CENTRES))
-    add("--noises", help="of clean,inliers,outliers; default: outliers")
-    add("--methods", default=",".join(METHODS), help="of " + ",".join(METHODS))
+    add("--sets", nargs="+", choices=toy.CENTRES, default=[*toy.CENTRES])
+    add("--noises", nargs="+", choices=toy.NOISES, help="default outliers, --full all")
+    add("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     add("--share", type=between(0, 1), default=0.2, help="share of the training points: noise")
     add("--points", type=between(2, kind=int), default=8000, help="a fixed set per seed")
     add("--lam", type=between(0), default=0.3)
@@ -272,18 +272,14 @@ def add_arguments(parser):
 def check(args, idle):
     """Fills in and refuses; idle: of idle_flags."""
     idle(args.noises and args.seeds, "full", "with --noises and --seeds")
-    idle(args.methods == "none", "lam omega", "with --methods none")
-    idle("late" not in args.methods, "reg_last reg_share", "without late-ran or late-adv")
-    idle(args.noises == "clean", "share", "with --noises clean")
-    args.noises = args.noises or (",".join(toy.NOISES) if args.full else "outliers")
+    idle(args.methods == ["none"], "lam omega", "with --methods none")
+    late = any(method.startswith("late") for method in args.methods)
+    idle(not late, "reg_last reg_share", "without late-ran or late-adv")
+    idle(args.noises == ["clean"], "share", "with --noises clean")
+    args.noises = args.noises or ([*toy.NOISES] if args.full else ["outliers"])
     args.seeds = args.seeds or (3 if args.full else 1)
     args.steps = args.steps or (10_000 if args.full else 3000)
-    for key, known in (("sets", toy.CENTRES), ("noises", toy.NOISES), ("methods", METHODS)):
-        text = getattr(args, key)
-        chosen = text.split(",")
-        if set(chosen) - set(known) or len(set(chosen)) < len(chosen):
-            raise ValueError(f"--{key} {text}: need some of {','.join(known)}, each once")
-        setattr(args, key, chosen)
+    runtime.refuse_repeats(args, "sets", "noises", "methods")
     args.device = setup(args.device)[0]
 
 

@@ -263,7 +263,7 @@ def figure_by_t(out, curves):
 def main():
     parser = runtime.parser(__doc__)
     add_arguments(parser)
-    parser.set_defaults(methods="none,ran,adv", out="out/toy3d_sweep")
+    parser.set_defaults(methods=["none", "ran", "adv"], out="out/toy3d_sweep")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--by-t", action="store_true", help="the networks at each t instead")
     what.add_argument("--late", action="store_true", help="late-adv, late-ran and when instead")

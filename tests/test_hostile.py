@@ -213,7 +213,7 @@ TABLE = [
     (toy3d, "--lam 3", "--lam: has no effect with --methods none"),
     (toy3d, "--noises clean --share 0.5", "--share: has no effect with --noises clean"),
     (toy3d, "--full --noises clean --seeds 1", "--full: has no effect with --noises and --seeds"),
-    (toy3d, "--methods none,none", "each once"),
+    (toy3d, "--methods none none", "--methods: none is given twice"),
     (toy3d_sweep, "--noises clean", "--noises: has no effect without --by-t"),
     (toy3d_sweep, "--by-t", "has no effect with --by-t"),
     (butterflies_pca, "--p 0.5", "--p: has no effect without --conditions noisy"),

@@ -63,7 +63,7 @@ SMALLEST = {  # what is added to a script's commands in the README: the last of 
     "memorization.py": f"{TINY} --features pixels --n 8 --steps 3",
     "classifier.py": f"--model small --epochs 1 --batch-size 16 {TINY}",
     "purify.py": "--n 4 --t-star 2 --pgd 1 --eot 1 --data synthetic:32 --device cpu",
-    "toy3d.py": "--steps 2 --n 8 --points 8 --sample-steps 2 --seeds 1 --methods none,adv",
+    "toy3d.py": "--steps 2 --n 8 --points 8 --sample-steps 2 --seeds 1 --methods none adv",
     "butterflies_pca.py": "--components 5 --data synthetic:64 --iters 1 --sample-steps 1 "
     "--channels 32 --n-train 16 --n-eval 4 --methods none adv --device cpu",
     "reproduce.py first": "--device cpu",

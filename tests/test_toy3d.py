@@ -241,7 +241,7 @@ def test_exact_minimiser_of_eq10_collapses_a_thin_set(name, truth, robust):
 BAD = [
     ["--share", 1.5],
     ["--sets", "moons"],
-    ["--methods", "none,none"],
+    ["--methods", "none", "none"],
     ["--noises", "salt"],
     ["--steps", 0],
     ["--lam", "nan"],
@@ -287,7 +287,7 @@ SMALL = [
 
 def test_a_small_run_leaves_every_file(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        sys, "argv", [*SMALL, "--seeds", "2", "--methods", "none,late-adv", "--out", str(tmp_path)]
+        sys, "argv", [*SMALL, "--seeds", "2", "--methods", "none", "late-adv", "--out", str(tmp_path)]
     )
     toy3d.main()
     for name in ("fig2a", "fig2b", "fig2c", "fig5"):
