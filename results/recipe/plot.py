@@ -27,7 +27,7 @@ NETWORKS = {  # prefix of a record at 10,000 steps: label, colour
 CURVES = {  # of training length: the words of a record's name
     "DDPM": ("DDPM, {}", "none", "#000000"),
     "Robust_adv late, t ≥ 0": ("late, {}", "late", "#E69F00"),
-    "Robust_adv late, t ≥ 10": ("late, t >= 10, {}", "t10", "#CC79A7"),
+    "Robust_adv late, t ≥ 5": ("late, t >= 5, {}", "t5", "#D55E00"),
     "Robust_adv from the first step": ("from scratch, {}", None, "#0072B2"),
 }
 EARLIER = {
@@ -49,15 +49,12 @@ def points_of(label, sampler, records):
         for name, row in records["earlier_4000_steps"]["rows"].items():
             if re.fullmatch(rf"{EARLIER[label]}-s\d-ddpm", name):
                 points.append((4000, row["distance"]))
-    for steps in (2000, 6000):
-        for seed in range(3):
-            record = records.get(f"{words.format(steps)}, seed {seed}, {sampler}")
+    for seed in range(3):
+        for steps in (2000, 6000, 10_000, 20_000):
+            long = f"{steps:,} steps, {short}-s{seed}, {sampler}"
+            record = records.get(f"{words.format(steps)}, seed {seed}, {sampler}", records.get(long))
             if record:
                 points.append((steps, distance(record)))
-    for seed in range(3):
-        record = records.get(f"10,000 steps, {short}-s{seed}, {sampler}")
-        if record:
-            points.append((10_000, distance(record)))
     return points
 
 
