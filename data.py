@@ -166,8 +166,8 @@ class CorruptedImages:
 
 
 class Order:
-    """Which image stands at each position of an endless sequence of seeded permutations of 0..n-1.
-    """
+    """Which image stands at each position of an endless sequence of seeded permutations
+    of 0..n-1."""
 
     def __init__(self, n, seed, device="cpu"):
         self.n = n

@@ -95,10 +95,7 @@ FULL_ROWS = [  # of P1's later version, and what it leaves out; after the others
     ("lam-1-0.9-0.2", NOISY, [*ADV, "--lam", "1"], None, None),
 ]
 # --data: P1's FID of DDPM and of Robust_adv at p 0.9, sigma 0.2; late: 25.8 on CelebA
-OTHER_SETS = {
-    "celeba": (96.03, 16.53),
-    "lsun-bedroom": (95.85, 44.27),
-}
+OTHER_SETS = {"celeba": (96.03, 16.53), "lsun-bedroom": (95.85, 44.27)}
 
 
 def image_flags(size):

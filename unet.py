@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import weights
-from rng import scramble
 from outputs import reason
+from rng import scramble
 from runtime import load_checkpoint
 
 PRESETS = {

@@ -1,4 +1,5 @@
-"""One thread for each process: bitwise equality holds for equal thread counts, and pytest -n 2 runs two side by side."""
+"""One thread for each process: bitwise equality holds for equal thread counts, and pytest -n 2 runs
+two side by side."""
 
 import os
 
@@ -66,8 +67,8 @@ SLOW = """
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """test_cuda.py first: it pretends that a GPU is there, which PyTorch believes only before it has
-    looked for one. Tests of seconds are marked; `-m ""` runs them too."""
+    """test_cuda.py first: it pretends that a GPU is there, which PyTorch believes only before it
+    has looked for one. Tests of seconds are marked; `-m ""` runs them too."""
     items.sort(key=lambda item: item.path.name != "test_cuda.py")
     for item in items:
         if item.originalname in SLOW:

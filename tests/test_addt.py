@@ -1,4 +1,5 @@
-"""ADDT (P2), in float64: an independent Algorithm 1 on recorded draws, closed forms, what cannot work."""
+"""ADDT (P2), in float64: an independent Algorithm 1 on recorded draws, closed forms, what cannot
+work."""
 
 import math
 
@@ -18,7 +19,7 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-# Algorithm 1 ---------------------------------------------------------------------------------------------------------
+# Algorithm 1 --------------------------------------------------------------------------------------
 
 
 def networks():
@@ -121,7 +122,7 @@ def test_p2_algorithm_1(guide, perturb, flags, monkeypatch):
     assert parts["guided"] == 1
 
 
-# its parts -----------------------------------------------------------------------------------------------------------
+# its parts ----------------------------------------------------------------------------------------
 
 
 def test_rank_gaussian_map_is_a_permutation_in_rank_order():
@@ -148,7 +149,8 @@ def test_addt_weight_check_values():
 
 
 def addt(t, n=3, size=6, k=0.4, **kw):
-    """ADDT, eps_theta = k x, a linear two-class classifier -> loss, parts, x0, eps, noise of x'_t, its weights, all x_t."""
+    """ADDT, eps_theta = k x, a linear two-class classifier -> loss, parts, x0, eps, noise of x'_t,
+    its weights, all x_t."""
     x0, eps, t, seen = (
         draw(n, 3, size, size),
         draw(n, 3, size, size, seed=1),
@@ -184,7 +186,8 @@ def test_addt_loss_is_eq8_of_p2():
 
 
 def test_addt_noise_has_unit_variance():
-    """delta orders a Gaussian draw that is independent of eps. guide='none' leaves delta random: plain fine-tuning."""
+    """delta orders a Gaussian draw that is independent of eps. guide='none' leaves delta random:
+    plain fine-tuning."""
     for guide in ("none", "classifier"):
         noise = addt(3, n=2, size=96, guide=guide)[4]
         assert noise.var().item() == pytest.approx(1, abs=0.03) and abs(noise.mean().item()) < 0.02
@@ -201,8 +204,8 @@ def test_cgpo_in_closed_form():
 
 
 def test_cgpo_guided_by_the_mse_in_closed_form():
-    """eps_theta = k x: |eps_theta - eps|^2 grows with delta along k sqrt(abar) x_0 + noise, so along
-    x_0; |x_0 - P|^2 would against it."""
+    """eps_theta = k x: |eps_theta - eps|^2 grows with delta along k sqrt(abar) x_0 + noise, so
+    along x_0; |x_0 - P|^2 would against it."""
     _, _, x0, eps, noise, _, _ = addt(100, guide="mse")
     lam = 0.03 * math.sqrt(ABAR[100] / (1 - ABAR[100]))
     mapped = (noise - math.sqrt(1 - lam**2) * eps) / lam
@@ -261,7 +264,8 @@ def test_addt_trains_the_weights_by_one_backward():
 
 
 def sure_in_half(x):
-    """A linear classifier in float16, sure of class i % 2 of image i: its gradients, about 1e-9, are 0 there."""
+    """A linear classifier in float16, sure of class i % 2 of image i: its gradients, about 1e-9,
+    are 0 there."""
     w = draw(2, 108, seed=2)
     w = (0.01 * w).half()
     sure = torch.tensor([[14.0, 0], [0, 14], [14, 0]])
@@ -269,7 +273,8 @@ def sure_in_half(x):
 
 
 def test_cgpo_survives_float16():
-    """delta follows the gradient of a classifier that runs in float16, not the noise that breaks ties."""
+    """delta follows the gradient of a classifier that runs in float16, not the noise that breaks
+    ties."""
     _, parts, _, eps, noise, w, _ = addt(100, classifier=sure_in_half)
     lam = 0.03 * math.sqrt(ABAR[100] / (1 - ABAR[100]))
     mapped = (noise - math.sqrt(1 - lam**2) * eps) / lam
@@ -280,7 +285,8 @@ def test_cgpo_survives_float16():
 
 
 def test_cgpo_leaves_out_a_gradient_that_overflows():
-    """Image 0's is infinite: it is not moved, nothing turns NaN, and the others are guided as before."""
+    """Image 0's is infinite: it is not moved, nothing turns NaN, and the others are guided as
+    before."""
     w = draw(2, 108, seed=2)
 
     def overflowing(x):

@@ -64,7 +64,8 @@ def hook(model, sampler="ddpm", options=DDPM, index=INDEX, share=1.0, objective=
 
 
 def closed_form(sampler, options, t, t_prev):
-    """M = d mean / dx of a step without clipping, the s_t of its noise and beta; DDPM by Eq. 5, not by mu~ of x^_0."""
+    """M = d mean / dx of a step without clipping, the s_t of its noise and beta; DDPM by Eq. 5, not
+    by mu~ of x^_0."""
     a, b = ABAR[t], ABAR[t_prev] if t_prev >= 0 else 1.0
     beta, eye = 1 - a / b, torch.eye(12, dtype=torch.float64)
     if sampler == "ddpm":
@@ -176,7 +177,8 @@ def test_gradient_by_finite_differences(objective):
 
 @pytest.mark.parametrize("phi, iters, factor", [(1.0, 1, 2.0), (3.0, 4, 2.0), (3.0, 4, 1.0)])
 def test_projected_steps(phi, iters, factor):
-    """Every iterate from the closed form: the start clamped to the ball, steps of factor scale_t / k, projected."""
+    """Every iterate from the closed form: the start clamped to the ball, steps of factor scale_t /
+    k, projected."""
     on_step, pairs = hook(linear, phi=phi, iters=iters, factor=factor)
     x_t = draw(3, *SHAPE)
     for i in (0, 10, 19):
@@ -217,7 +219,8 @@ def test_image_i_does_not_depend_on_the_batch(sampler, options, kw):
     "sampler, options", [("ddpm", DDPM), ("ddim", DDIM), ("ddpm", DDPM | dict(spacing="naive"))]
 )
 def test_attack_beats_the_random_control(sampler, options):
-    """And more steps beat one. Where beta is small, mean(x) is nearly x, whatever the network: J has no direction to find."""
+    """And more steps beat one. Where beta is small, mean(x) is nearly x, whatever the network: J
+    has no direction to find."""
     gain, index = [], torch.arange(30)
     for iters in (1, 5):
         on_step, pairs = hook(curved, sampler, options, index, iters=iters, probes=20)
@@ -243,7 +246,8 @@ def test_random_control():
 
 @pytest.mark.parametrize("iters", [1, 3])
 def test_calls_and_memory(iters):
-    """1 + iters calls on an attacked step, none elsewhere; after a step no graph is alive, nor more tensors for more steps."""
+    """1 + iters calls on an attacked step, none elsewhere; after a step no graph is alive, nor more
+    tensors for more steps."""
     live = []
     for steps in (8, 40):
         calls, graphs, attacked = [], [], sampler_attack.attacked_steps(steps, 0.5)
@@ -334,11 +338,12 @@ def test_violations_are_reported():
     assert "5 elements of delta" in lines and "1 samples hold" in lines
 
 
-# several DDIM steps ahead ---------------------------------------------------------------------------------------------
+# several DDIM steps ahead -------------------------------------------------------------------------
 
 
 def chain_of_ddim(i, through, pairs, x, clip):
-    """x^_0, unclipped, at the last of `through` steps of a DDIM that re-derives eps; from Song et al., Eq. 12."""
+    """x^_0, unclipped, at the last of `through` steps of a DDIM that re-derives eps; from Song et
+    al., Eq. 12."""
     for t, t_prev in pairs[i : i + through]:
         s, root = math.sqrt(1 - ABAR[t]), math.sqrt(ABAR[t])
         image = (x - s * curved(x, None)) / root
@@ -351,7 +356,8 @@ def chain_of_ddim(i, through, pairs, x, clip):
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("through", [1, 3, 100])
 def test_gradient_through_several_steps_by_finite_differences(through, clip):
-    """J = |x^_0 of the chain from x_t + delta - x^_0 of the chain from x_t|^2; one step: the J of x0."""
+    """J = |x^_0 of the chain from x_t + delta - x^_0 of the chain from x_t|^2; one step: the J of
+    x0."""
     options = DDIM | dict(clip=clip, rederive=True)
     on_step, pairs = hook(curved, "ddim", options, objective="x0", through=through)
     for i in (0, 9, 18, 19):
@@ -386,7 +392,8 @@ def test_through_all_steps_is_the_samplers_own_end(clip):
 
 @pytest.mark.parametrize("through", [1, 4, 16])
 def test_activations_of_one_call_are_kept_at_a_time(through):
-    """And each call of the chain is made twice for a gradient: the network is called again instead of kept."""
+    """And each call of the chain is made twice for a gradient: the network is called again instead
+    of kept."""
     W, calls, most, kept = draw(12, 30) / 6, [0], [0], []
 
     def model(x, t):
@@ -406,7 +413,8 @@ def test_activations_of_one_call_are_kept_at_a_time(through):
 
 @pytest.mark.parametrize("iters", [1, 3])
 def test_of_several_starts_the_best_is_taken(iters):
-    """J = |M delta|^2 of a linear network: the largest of those of each start alone; 1 + R (iters + 1) calls."""
+    """J = |M delta|^2 of a linear network: the largest of those of each start alone; 1 + R (iters +
+    1) calls."""
     calls = []
 
     def model(x, t):
@@ -450,7 +458,7 @@ def test_through_is_refused(through, objective, sampler, eta, message):
         hook(curved, sampler, options, objective=objective, through=through)
 
 
-# the command ---------------------------------------------------------------------------------------------------------
+# the command --------------------------------------------------------------------------------------
 
 
 def call(*args):

@@ -1,4 +1,5 @@
-"""bench.py: it times train.py's step, its FLOPs and ratios are right, and compiling changes no result."""
+"""bench.py: it times train.py's step, its FLOPs and ratios are right, and compiling changes no
+result."""
 
 import functools
 import json
@@ -19,7 +20,8 @@ from data import CorruptedImages, load_images
 from unet import PRESETS, UNet
 
 CPU = torch.device("cpu")
-SMALL = "--model tiny --image-size 8 --batch-size 4 --device cpu --repeats 2 --seconds-per 0.001 --threads 1".split()
+SMALL = "--model tiny --image-size 8 --batch-size 4 --device cpu --threads 1".split()
+SMALL += "--repeats 2 --seconds-per 0.001".split()
 
 
 SHAPE = dict(channels=(32, 32), attention=(False, False), blocks=1, dropout=0.0)
@@ -56,7 +58,8 @@ def batches(B=4, dropout=0.0):
 
 
 def test_step_and_draws_are_those_of_train(tmp_path, smaller, monkeypatch):
-    """Three steps of both from the same weights: equal bit for bit; what is timed is what is trained."""
+    """Three steps of both from the same weights: equal bit for bit; what is timed is what is
+    trained."""
 
     def generate(*args, **kwargs):  # no time for its last grid
         return torch.zeros(64, 3, 8, 8)
@@ -77,7 +80,8 @@ def test_step_and_draws_are_those_of_train(tmp_path, smaller, monkeypatch):
 
 
 def test_flops_are_counted_passes():
-    """The forward's convolutions by hand, then every method's passes, 3 F, 6 F and 8 F but for a few layers."""
+    """The forward's convolutions by hand, then every method's passes, 3 F, 6 F and 8 F but for a
+    few layers."""
     net, batch = small_net(), {k: v[:1] for k, v in batches()(0).items()}
     with bench.FlopCounterMode(display=False) as counter:
         net(batch["x0"], batch["t"])
@@ -166,7 +170,8 @@ def test_command_leaves_its_tables(tmp_path, capsys, smaller):
 
 
 def test_timed_calls_are_the_networks(smaller, monkeypatch):
-    """What `sampling` divides by: the calls of the network that a short run of each sampler makes."""
+    """What `sampling` divides by: the calls of the network that a short run of each
+    sampler makes."""
     calls = dict.fromkeys(("ddpm", "ddim", "heun"), 0)
 
     def generate(model, schedule, index, shape, seed, device, sampler, **options):
@@ -220,7 +225,8 @@ def test_against_times_networks_of_equal_shape(tmp_path, monkeypatch):
     reason="torch.compile takes a C++ compiler",
 )
 def test_compiling_changes_no_result():
-    """50 steps, none and adv in turn: the traced graphs of forward, backward and attack. (Inductor takes minutes on a CPU.)"""
+    """50 steps, none and adv in turn: the traced graphs of forward, backward and attack. (Inductor
+    takes minutes on a CPU.)"""
     losses, draw = [], batches(2)
     for backend in (None, "aot_eager"):
         step = bench.make_step(small_net(), CPU, backend=backend)

@@ -1,4 +1,5 @@
-"""classifier.py: it learns, its features serve the Fréchet distance, and FID(X, X) is 0 through the whole command."""
+"""classifier.py: it learns, its features serve the Fréchet distance, and FID(X, X) is 0 through the
+whole command."""
 
 import json
 import sys

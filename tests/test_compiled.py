@@ -1,4 +1,5 @@
-"""What a compiled network sees, batches of one size; and what a GPU never waits for, on tensors without values."""
+"""What a compiled network sees, batches of one size; and what a GPU never waits for, on tensors
+without values."""
 
 import argparse
 import contextlib
@@ -56,7 +57,7 @@ def counting(monkeypatch):
     torch._dynamo.reset()
 
 
-# batches of one size ------------------------------------------------------------------------------------------------
+# batches of one size ------------------------------------------------------------------------------
 
 
 def test_batches():
@@ -186,7 +187,7 @@ def test_purification_compiles_no_graph_for_a_short_batch(files, tmp_path, count
     assert table[:-1] == plain[:-1]  # all but the seconds, to the 4 digits of the table
 
 
-# a classifier -------------------------------------------------------------------------------------------------------
+# a classifier -------------------------------------------------------------------------------------
 
 
 def test_a_classifier_is_compiled_if_asked(files, counting, monkeypatch):
@@ -206,11 +207,12 @@ def test_a_classifier_is_compiled_if_asked(files, counting, monkeypatch):
     assert load_classifier(path, "cuda").training  # a mark that it was asked for channels_last
 
 
-# nothing waits ------------------------------------------------------------------------------------------------------
+# nothing waits ------------------------------------------------------------------------------------
 
 
 class Copies(TorchDispatchMode):
-    """Notes every operator between devices; those which ask for a value raise, as a tensor on "meta" has none."""
+    """Notes every operator between devices; those which ask for a value raise, as a tensor on
+    "meta" has none."""
 
     def __init__(self):
         super().__init__()

@@ -1,8 +1,10 @@
-"""The CUDA path without a GPU: devices on fake tensors, Inductor's kernels compiled by Triton for sm_80 and sm_90, graphs.
+"""The CUDA path without a GPU: devices on fake tensors, Inductor's kernels compiled by Triton for
+sm_80 and sm_90, graphs.
 
-What is proven: no operator mixes devices; every kernel of the generated code compiles for those targets, and those of the
-random integers compute the right values; nothing breaks a graph or compiles it again. What is not: speed, and the numbers of
-kernels in floating point. Where private names of PyTorch have moved, the tests skip and say so.
+What is proven: no operator mixes devices; every kernel of the generated code compiles for those
+targets, and those of the random integers compute the right values; nothing breaks a graph or
+compiles it again. What is not: speed, and the numbers of kernels in floating point. Where private
+names of PyTorch have moved, the tests skip and say so.
 """
 
 import contextlib
@@ -60,7 +62,7 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="a GPU is here: its tests are the others, run on it"
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # devices
 
 
@@ -280,18 +282,20 @@ def test_devices_of_search_and_features(gpu):
     assert features.shape == (5, 64) and logits.shape == (5, 10)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # kernels
 
 HEAD = (
-    "import triton\nimport triton.language as tl\nfrom torch._inductor.runtime import triton_helpers\n"
+    "import triton\nimport triton.language as tl\n"
+    "from torch._inductor.runtime import triton_helpers\n"
     "from torch._inductor.runtime.triton_helpers import libdevice, math as tl_math\n"
 )
 
 
 @pytest.fixture(scope="module")
 def inductor():
-    """-> run(make, capability), make() on a pretended GPU; skips where even x -> sin(2 x) is beyond PyTorch."""
+    """-> run(make, capability), make() on a pretended GPU; skips where even x -> sin(2 x) is beyond
+    PyTorch."""
     pytest.importorskip("triton")
 
     def run(make, capability=(9, 0)):
@@ -306,7 +310,8 @@ def inductor():
         )
     except Exception as e:
         pytest.skip(
-            f"Inductor's code cannot be had without a GPU in PyTorch {torch.__version__}: {type(e).__name__} {e}"
+            f"Inductor's code cannot be had without a GPU in PyTorch {torch.__version__}: "
+            f"{type(e).__name__} {e}"
         )
     return run
 
@@ -322,7 +327,8 @@ def loaded(kernel, folder):
 
 
 def compile_all(codes, folder, targets=(80, 90)):
-    """Every kernel of the codes through Triton and ptxas for the targets -> how many; equal ones once."""
+    """Every kernel of the codes through Triton and ptxas for the targets -> how many; equal ones
+    once."""
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -364,7 +370,8 @@ def test_kernels_of_the_noise(inductor, capability, tmp_path):
 
 
 def bare_counter(seed, index, stream, blocks):
-    """philox as it was: Inductor keeps the counter, a bare arange, and its first product in int32."""
+    """philox as it was: Inductor keeps the counter, a bare arange, and its first product
+    in int32."""
     mask, index = 0xFFFFFFFF, index.view(-1, 1)
     product = torch.arange(blocks, device=index.device).expand(len(index), -1) * 0xD2511F53
     return torch.stack(
@@ -398,14 +405,16 @@ empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(size, strid
 arg0_1 = index = torch.tensor({index})
 {kernels}
 {lines}
-assert torch.equal(result, philox({seed}, index, {stream}, {blocks})), "the kernel's integers are not those of eager"
+eager = philox({seed}, index, {stream}, {blocks})
+assert torch.equal(result, eager), "the kernel's integers are not those of eager"
 """
 
 
 @needs_codegen
 @pytest.mark.parametrize("planted", [False, True])
 def test_integer_kernels_equal_eager(inductor, planted, tmp_path):
-    """Those of philox in Triton's interpreter, on the CPU, bit for bit; with a digit of a constant changed they differ."""
+    """Those of philox in Triton's interpreter, on the CPU, bit for bit; with a digit of a constant
+    changed they differ."""
     index, seed, blocks = [0, 1, 49_999, 2**40 + 3], 2**63 + 2**31 + 7, 48
     (code,) = inductor(
         lambda: cuda_code.inductor_code(
@@ -451,8 +460,8 @@ def test_integer_kernels_equal_eager(inductor, planted, tmp_path):
 def counted(inductor):
     """`bench.py --what kernels` on a small network -> its rows, the codes of all that it counts.
 
-    These are the network in training, frozen (as the attack calls it) and in sampling, in bf16, with
-    the keys of dropout, and the samplers' steps with their noise.
+    These are the network in training, frozen (as the attack calls it) and in sampling, in bf16,
+    with the keys of dropout, and the samplers' steps with their noise.
     """
     codes = []
     code_of = kernels.code_of
@@ -480,8 +489,8 @@ def test_kernels_of_a_step(counted, tmp_path):
 
 @needs_codegen
 def test_a_step_is_counted(counted):
-    """FLOPs as in test_bench.py, the attack's without the weights; no weight is cast in the graphs; a
-    sampler's step is a few launches."""
+    """FLOPs as in test_bench.py, the attack's without the weights; no weight is cast in the graphs;
+    a sampler's step is a few launches."""
     (none, adv, ddpm, ddim, heun), _ = counted
     assert adv["GFLOP"] / none["GFLOP"] == pytest.approx(8 / 3, rel=0.03)
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -502,7 +511,7 @@ def test_a_step_is_counted(counted):
         assert row["ms"] > 0.999 * kernels.SHORTEST * count
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # graphs
 
 
@@ -550,9 +559,11 @@ def test_network_and_sampler_steps_are_one_graph():
 
 @pytest.mark.parametrize("share, graphs", [(1.0, 2), (0.5, 3)])
 def test_adversarial_training_compiles_two_graphs(share, graphs):
-    """The network with gradients in its weights, and frozen with one in its input; no more in 20 steps and a resume.
+    """The network with gradients in its weights, and frozen with one in its input; no more in 20
+    steps and a resume.
 
-    On a share of the rows the former is also compiled for their number. Dropout's keys change at each step.
+    On a share of the rows the former is also compiled for their number. Dropout's keys change at
+    each step.
     """
     torch._dynamo.reset()
     flags = [
@@ -584,7 +595,8 @@ def test_adversarial_training_compiles_two_graphs(share, graphs):
 
 
 def test_loader_thread_only_reads(monkeypatch, tmp_path):
-    """Of a set that streams, the noise is drawn, which may compile it, where the network is compiled: in the main thread."""
+    """Of a set that streams, the noise is drawn, which may compile it, where the network is
+    compiled: in the main thread."""
     in_main = {"read": set(), "noise": set()}
 
     def noted(name, function):

@@ -8,14 +8,7 @@ import torch
 from PIL import Image
 from scipy import ndimage, stats
 
-from data import (
-    CORRUPTIONS,
-    Batches,
-    CorruptedImages,
-    Order,
-    load_images,
-    synthetic_butterflies,
-)
+from data import CORRUPTIONS, Batches, CorruptedImages, Order, load_images, synthetic_butterflies
 from rng import image_noise, philox
 
 ALL_ONES = 0xFFFFFFFF
@@ -30,7 +23,7 @@ def one_line(error, *names):
     return "\n" not in text and all(str(name) in text for name in names)
 
 
-# random numbers ------------------------------------------------------------------------------------------------------
+# random numbers -----------------------------------------------------------------------------------
 
 
 def philox_plain(counter, key):
@@ -44,7 +37,8 @@ def philox_plain(counter, key):
 
 
 def test_philox_known_answers():
-    """Random123's kat_vectors for philox4x32 10: directly where the counter starts at 0, else through philox_plain."""
+    """Random123's kat_vectors for philox4x32 10: directly where the counter starts at 0, else
+    through philox_plain."""
     zero = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     assert philox(0, torch.tensor([0]), 0, 1)[0, 0].tolist() == zero
     assert philox_plain([0] * 4, [0] * 2) == zero
@@ -104,7 +98,7 @@ def test_image_noise_belongs_to_the_image(shape):
     assert len(whole.flatten(1).unique(dim=0)) == 40
 
 
-# corruption ----------------------------------------------------------------------------------------------------------
+# corruption ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25, 0.9, 0.9996, 1.0])
@@ -148,7 +142,8 @@ def test_corruption_is_not_clipped():
 
 
 def test_corruption_is_fixed_per_image():
-    """Never redrawn; the same in any order, split or second object; another seed changes images and noise."""
+    """Never redrawn; the same in any order, split or second object; another seed changes images and
+    noise."""
     images, index = pixels(200), torch.randperm(200, generator=torch.Generator().manual_seed(0))
     data = CorruptedImages(images, p=0.9, sigma=0.2, seed=4)
     whole = data.batch(torch.arange(200))
@@ -196,7 +191,7 @@ def test_corruption_refuses_nonsense():
         assert one_line(error, "--" + next(iter(bad)))
 
 
-# order ---------------------------------------------------------------------------------------------------------------
+# order --------------------------------------------------------------------------------------------
 
 
 def test_order_is_a_permutation_per_epoch():
@@ -220,7 +215,7 @@ def test_order_depends_on_the_position_alone():
     assert torch.equal(Order(11, seed=3)(13, 30), whole[13:43])
 
 
-# synthetic butterflies -----------------------------------------------------------------------------------------------
+# synthetic butterflies ----------------------------------------------------------------------------
 
 
 def test_synthetic_is_a_function_of_seed_and_index():
@@ -253,7 +248,7 @@ def test_load_synthetic(tmp_path):
     assert not np.array_equal(load_images("synthetic:7", split="test", root=tmp_path)[0], images)
 
 
-# folders -------------------------------------------------------------------------------------------------------------
+# folders ------------------------------------------------------------------------------------------
 
 
 def write(path, array):
@@ -270,7 +265,8 @@ def load(folder, **kwargs):
 
 
 def test_folder_of_classes(tmp_path):
-    """Sub-folders in alphabetical order are the classes; the pixels come back as they are, memory-mapped."""
+    """Sub-folders in alphabetical order are the classes; the pixels come back as they are,
+    memory-mapped."""
     first, second = pixels(2)
     write(tmp_path / "set" / "cat" / "a.png", first)
     write(tmp_path / "set" / "ant" / "b.bmp", second)
@@ -294,7 +290,8 @@ def test_folder_without_classes(tmp_path):
 
 
 def test_folder_is_resized_and_cropped(tmp_path):
-    """Shorter side to S, then the centre: of three stripes the middle one is left; a checkerboard is averaged."""
+    """Shorter side to S, then the centre: of three stripes the middle one is left; a checkerboard
+    is averaged."""
     red, green, blue = (
         plain((255, 0, 0), 32, 32),
         plain((0, 255, 0), 32, 32),
@@ -424,12 +421,13 @@ def test_bad_names(tmp_path):
         load_images("synthetic", image_size=3, root=tmp_path)
 
 
-# other kinds of corruption -------------------------------------------------------------------------------------------
+# other kinds of corruption ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", CORRUPTIONS)
 def test_corruption_of_any_kind_is_fixed_per_image(kind):
-    """Exactly round(p N) images, the same in any order or split and when streamed; mirror images are of the result."""
+    """Exactly round(p N) images, the same in any order or split and when streamed; mirror images
+    are of the result."""
     images, index = pixels(90), torch.randperm(90, generator=torch.Generator().manual_seed(0))
     data, again, streamed, other = (
         CorruptedImages(images, p=0.7, sigma=0.5, seed=seed, corrupt=kind, budget=budget)
@@ -475,7 +473,8 @@ def test_outliers_are_uniform():
 
 
 def test_salt_pepper():
-    """A share sigma of the pixels, half of them black in all channels, half white; the others as they were."""
+    """A share sigma of the pixels, half of them black in all channels, half white; the others as
+    they were."""
     clean, x = corrupted("salt-pepper", 0.3)
     changed = (x != clean).any(1)
     assert changed.float().mean().item() == pytest.approx(0.3, abs=0.01)
@@ -621,7 +620,8 @@ def test_a_damaged_cache_is_decoded_anew(damage, tmp_path, capsys):
 
 
 def test_no_dropout_mask_comes_back():
-    """The keys of all rows of 100 steps differ; those of consecutive steps were shifted by one row."""
+    """The keys of all rows of 100 steps differ; those of consecutive steps were shifted
+    by one row."""
     from types import SimpleNamespace
 
     data = CorruptedImages(pixels(16))

@@ -1,4 +1,5 @@
-"""CONTRIBUTING.md's promise: an objective, a sampler or a corruption is one function and one row."""
+"""CONTRIBUTING.md's promise: an objective, a sampler or a corruption is one function and
+one row."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""Damaged files and absurd flags: one line and an exit code, never a traceback, never wrong weights.
+"""Damaged files and absurd flags: one line and an exit code, never a traceback, never wrong
+weights.
 
 HOSTILE=3000 in the environment tries as many mutations of each kind instead of 60. They are plain
 seeded loops: a failure is told by its bytes, which shrinking (hypothesis) would not make clearer.
@@ -62,8 +63,8 @@ SCRIPTS = {  # script: flags of its smallest run, in the folder `place`
     "--device cpu",
     toy3d: TOY,
     toy3d_sweep: TOY,
-    butterflies_pca: "--components 5 --data synthetic:64 --methods none --conditions clean --iters 1 "
-    "--sample-steps 1 --channels 32 --n-train 16 --n-eval 4 --device cpu",
+    butterflies_pca: "--components 5 --data synthetic:64 --methods none --conditions clean "
+    "--iters 1 --sample-steps 1 --channels 32 --n-train 16 --n-eval 4 --device cpu",
     bench: "--what sampling --model mini --image-size 8 --batch-size 1 --seconds-per 0.001 "
     "--repeats 1 --device cpu",
     reproduce: "toy --data synthetic --device cpu --work w",
@@ -174,7 +175,7 @@ TABLE = [
     (toy3d, "--points 1000000000000", "--points 1000000000000"),
     (toy3d, "--steps 1000000000000000000000", "--steps"),
     (toy3d_sweep, "--n 1000000000000", "--n 1000000000000"),
-    (butterflies_pca, "--components 200", "--components 200: need 1 .. 63 (64 images of 192 values)"),
+    (butterflies_pca, "--components 200", "need 1 .. 63 (64 images of 192 values)"),
     (butterflies_pca, "--n-train 1000000000000", "--n-train"),
     (butterflies_pca, "--n-eval 1000000000000", "--n-eval"),
     (butterflies_pca, "--channels 1000000000000", "--channels"),
@@ -334,7 +335,8 @@ def test_ctrl_c_keeps_what_is_done(
 
 
 def test_overwritten_and_killed_is_not_resumed(inside, capsys, monkeypatch):
-    """`--overwrite`, killed before its first checkpoint: --resume would continue the old network."""
+    """`--overwrite`, killed before its first checkpoint: --resume would continue the old
+    network."""
     flags = [*SCRIPTS[train].split(), "--out", "o"]
     monkeypatch.setattr(training, "generate", lambda *args, **kw: torch.zeros(64, 3, 8, 8))
     assert call(train, *flags) == 0

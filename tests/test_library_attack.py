@@ -18,7 +18,8 @@ from purify_attack import noises
 
 
 class Recorder(nn.Module):
-    """Classifies by the first pixel of the image plus that of the noise of Eq. 2; keeps the noise."""
+    """Classifies by the first pixel of the image plus that of the noise of Eq. 2; keeps
+    the noise."""
 
     def __init__(self, scale=0.0):
         super().__init__()
@@ -134,7 +135,7 @@ def test_images_outside_the_box_are_taken_if_told_so():
         Attackable(purifier(), clean, "both", 0)(x)
 
 
-# AutoAttack-rand -------------------------------------------------------------------------------------------------------
+# AutoAttack-rand ----------------------------------------------------------------------------------
 
 
 def fixed_candidates(monkeypatch, pixels):
@@ -162,9 +163,9 @@ def normal(a):
 
 
 def test_the_repair_of_autoattack_in_closed_form(monkeypatch):
-    """P2 App. J. A coin that is right with probability p, q and r for the image and for what the two
-    attacks find: one pass of each counts p q r robust; what AutoAttack then returns is right far more
-    often than the worst candidate, which the repair, 150 passes, finds."""
+    """P2 App. J. A coin that is right with probability p, q and r for the image and for what the
+    two attacks find: one pass of each counts p q r robust; what AutoAttack then returns is right
+    far more often than the worst candidate, which the repair, 150 passes, finds."""
     given = fixed_candidates(monkeypatch, {"ce": 0.8, "dlr": 0.2})
     n, evaluations = 300, 150
     x, y, index = pictures(n, 1.5), torch.zeros(n, dtype=torch.long), torch.arange(n)
@@ -184,7 +185,8 @@ def test_the_repair_of_autoattack_in_closed_form(monkeypatch):
 
 
 def test_a_candidate_must_lower_the_accuracy_over_fresh_passes(monkeypatch):
-    """It does not where it is worse than the image; nor is an image attacked that is never right."""
+    """It does not where it is worse than the image; nor is an image attacked that is
+    never right."""
     given = fixed_candidates(monkeypatch, {"ce": 5.0, "dlr": 2.0})
     x, y, index = pictures(3, 0.7), torch.zeros(3, dtype=torch.long), torch.arange(3)
     x[0, 0, 0, 0] = -9.0
@@ -241,7 +243,8 @@ def five_classes():
 
 @pytest.mark.parametrize("knowledge", ["white", "fwd", "both", "semi-2"])
 def test_autoattack_rand_runs_under_any_knowledge(knowledge):
-    """A tiny network, attacked where its margin is small: known noise is broken, and no check fails."""
+    """A tiny network, attacked where its margin is small: known noise is broken, and no check
+    fails."""
     pytest.importorskip("pyautoattack")
     net = PurifiedClassifier(Eps().float(), SCHEDULE, five_classes(), nfe=3, strict=False)
     x, index = images(6).float(), torch.arange(6)
@@ -266,7 +269,7 @@ def test_command_with_autoattack(files, tmp_path):  # noqa: F811
     assert "AutoAttack's own" in (tmp_path / "table.md").read_text()
 
 
-def test_autoattack_without_its_package_is_refused(monkeypatch, capsys, files, tmp_path):  # noqa: F811
+def test_autoattack_without_its_package(monkeypatch, capsys, files, tmp_path):  # noqa: F811
     monkeypatch.setitem(importlib.sys.modules, "pyautoattack", None)
     argv = ["--ckpt", files / "a/ckpt.pt", "--classifier", files / "classifier.pt", "--nfe", 1]
     argv += "--data synthetic:64 --n 2 --attack aa-rand --purifier ddpm --device cpu".split()

@@ -59,7 +59,7 @@ def batch(n=64, d=3):
     return draw(n, d), t, draw(n, d, seed=3)
 
 
-# schedule ------------------------------------------------------------------------------------------------------------
+# schedule -----------------------------------------------------------------------------------------
 
 
 def test_eq1_schedule_against_numpy():
@@ -76,7 +76,8 @@ def test_eq1_schedule_against_numpy():
 
 
 def test_posterior_variance_is_bayes():
-    """Precisions add: 1/beta~_t = 1/(1 - abar_{t-1}) + (1 - beta_t)/beta_t; at t = 0 x_0 is known, so 0."""
+    """Precisions add: 1/beta~_t = 1/(1 - abar_{t-1}) + (1 - beta_t)/beta_t; at t = 0 x_0 is known,
+    so 0."""
     zero, (abar, before) = (
         torch.zeros(1000, 1, dtype=torch.float64),
         (SCHEDULE.alphas_bar, SCHEDULE.alphas_bar_prev),
@@ -102,7 +103,8 @@ def test_schedule_refuses_nonsense():
 
 
 def test_eq2_q_sample():
-    """x_t is the end of the Markov chain x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z: its mean factor and variance."""
+    """x_t is the end of the Markov chain x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z: its mean
+    factor and variance."""
     mean, var, means, variances = 1.0, 0.0, [], []
     for beta in BETAS:
         mean, var = mean * math.sqrt(1 - beta), var * (1 - beta) + beta
@@ -124,7 +126,8 @@ def test_eq2_predict_x0_inverts_q_sample():
 
 
 def test_eq4_ddpm_loss():
-    """eps_theta = x_t / sqrt(1 - abar) misses eps by sqrt(abar / (1 - abar)) x_0; eps_theta = 0 by eps."""
+    """eps_theta = x_t / sqrt(1 - abar) misses eps by sqrt(abar / (1 - abar)) x_0; eps_theta = 0 by
+    eps."""
     x0, t, eps = batch()
     snr = column(ABAR / (1 - ABAR), t)
     loss = ddpm_loss(lambda x, t: x / column(np.sqrt(1 - ABAR), t), SCHEDULE, x0, t, eps)
@@ -133,7 +136,8 @@ def test_eq4_ddpm_loss():
 
 
 def test_eq5_posterior_mean():
-    """Eq. 5's form, (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(1 - beta_t), when x_0 is the one that eps implies."""
+    """Eq. 5's form, (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(1 - beta_t), when x_0 is the one
+    that eps implies."""
     x_t, eps = draw(1000, 3), draw(1000, 3, seed=1)
     t = torch.arange(1000)
     expected = (x_t - column(BETAS / np.sqrt(1 - ABAR), t) * eps) / column(np.sqrt(1 - BETAS), t)
@@ -142,7 +146,8 @@ def test_eq5_posterior_mean():
 
 
 def test_eq5_posterior_mean_is_bayes():
-    """Product of the Gaussians N(x_{t-1}; sqrt(abar') x_0, 1 - abar') and N(x_t; sqrt(1 - beta) x_{t-1}, beta)."""
+    """Product of the Gaussians N(x_{t-1}; sqrt(abar') x_0, 1 - abar') and N(x_t; sqrt(1 - beta)
+    x_{t-1}, beta)."""
     x0, x_t, t = draw(999, 2), draw(999, 2, seed=1), torch.arange(1, 1000)
     prior, noise = column(1 / (1 - np.r_[1, ABAR[:-1]][1:]), t - 1), column((1 - BETAS) / BETAS, t)
     expected = prior * column(np.sqrt(ABAR), t - 1) * x0 + noise * x_t / column(
@@ -157,7 +162,7 @@ def test_eq5_posterior_mean_is_bayes():
     )  # t = 0: x_0 itself
 
 
-# perturbation --------------------------------------------------------------------------------------------------------
+# perturbation -------------------------------------------------------------------------------------
 
 
 def test_eq6_perturbed_input():
@@ -214,7 +219,8 @@ def test_eq7_radius_check_values():
 
 
 def test_eq7_delta_ran():
-    """Uniform on [-r, r]: mean 0, standard deviation r / sqrt(3), nothing outside, fresh for every element."""
+    """Uniform on [-r, r]: mean 0, standard deviation r / sqrt(3), nothing outside, fresh for every
+    element."""
     torch.manual_seed(0)
     r = torch.tensor([0.1, 2.0], dtype=torch.float64)
     delta = random_delta(torch.zeros(2, 1000, 100, dtype=torch.float64), r).flatten(1) / r[:, None]
@@ -230,7 +236,8 @@ def test_eq7_delta_ran():
 
 
 def test_eq7_beta_is_uniform():
-    """beta ~ U[0.5, 2] of 1 / (s^2 + gamma beta) integrates to ln((s^2 + 2 gamma) / (s^2 + gamma / 2)) / (1.5 gamma)."""
+    """beta ~ U[0.5, 2] of 1 / (s^2 + gamma beta) integrates to ln((s^2 + 2 gamma) / (s^2 + gamma /
+    2)) / (1.5 gamma)."""
     torch.manual_seed(0)
     x0 = torch.zeros(100_000, 1, dtype=torch.float64)
     t = torch.full((len(x0),), 10)
@@ -247,7 +254,8 @@ def test_eq7_beta_is_uniform():
 
 @pytest.mark.parametrize("objective", ["eq8", "ldm", "reg"])
 def test_eq8_linear_network(objective):
-    """eps_theta = A x: grad J is A'A delta (Eq. 8), A'(A (x + s delta) - eps) (L_DM), (sA - I)'(sA - I) delta (ours)."""
+    """eps_theta = A x: grad J is A'A delta (Eq. 8), A'(A (x + s delta) - eps) (L_DM), (sA - I)'(sA
+    - I) delta (ours)."""
     x_t, t, eps = batch(200)
     A = draw(3, 3, seed=5)
     r = perturbation_radius(SCHEDULE, t, rand_like(t, 0.5, 2))
@@ -270,7 +278,8 @@ def test_eq8_linear_network(objective):
 
 @pytest.mark.parametrize("objective", ["eq8", "ldm", "reg"])
 def test_eq8_raises_the_objective(objective):
-    """On a curved network the step raises J for nearly all samples, and leaves the ball for none."""
+    """On a curved network the step raises J for nearly all samples, and leaves the ball
+    for none."""
     torch.manual_seed(0)
     model = mlp()
     x_t, t, eps = batch(1000)
@@ -311,7 +320,8 @@ def test_eq8_reuses_the_clean_forward():
 
 
 def test_eq8_leaves_the_weights_alone():
-    """No weight gradient in the attack, requires_grad as before also after an error, and training still works."""
+    """No weight gradient in the attack, requires_grad as before also after an error, and training
+    still works."""
     model = mlp()
     model.net[0].bias.requires_grad_(False)
     flags = [p.requires_grad for p in model.parameters()]
@@ -336,7 +346,7 @@ def test_eq8_leaves_the_weights_alone():
     assert model.net[0].weight.grad.abs().max() > 0
 
 
-# objectives ----------------------------------------------------------------------------------------------------------
+# objectives ---------------------------------------------------------------------------------------
 
 
 def test_lambda_check_values():
@@ -389,7 +399,8 @@ def test_eq9_eq10_against_numpy(constraint, ray_units):
 
 @pytest.mark.parametrize("perturb", ["ran", "adv"])
 def test_eq10_equivariance_residual(perturb):
-    """eps_theta = x / sqrt(1 - abar) shifts by exactly delta: Eq. 10 costs nothing, invariance lambda_t delta^2."""
+    """eps_theta = x / sqrt(1 - abar) shifts by exactly delta: Eq. 10 costs nothing, invariance
+    lambda_t delta^2."""
     x0, t, eps = batch()
     beta, u = rand_like(t, 0.5, 2), rand_like(x0)
 
@@ -407,7 +418,8 @@ def test_eq10_equivariance_residual(perturb):
 
 
 def test_eq10_is_invariance_of_the_denoised_image():
-    """eps(x^adv) - eps(x) - delta = -sqrt(abar / (1 - abar)) (x^_0(x^adv) - x^_0(x)), for any network."""
+    """eps(x^adv) - eps(x) - delta = -sqrt(abar / (1 - abar)) (x^_0(x^adv) - x^_0(x)), for any
+    network."""
     model = mlp()
     x0, t, eps = batch()
     beta, u = rand_like(t, 0.5, 2), rand_like(x0)
@@ -426,7 +438,8 @@ def test_eq10_is_invariance_of_the_denoised_image():
 @pytest.mark.parametrize("perturb", ["ran", "adv"])
 @pytest.mark.parametrize("constraint", ["equivariance", "invariance"])
 def test_eq10_gradient_is_finite_differences(perturb, constraint):
-    """delta_adv depends on the weights through a sign alone, which tiny steps do not flip: its gradient is 0."""
+    """delta_adv depends on the weights through a sign alone, which tiny steps do not flip: its
+    gradient is 0."""
     model = mlp(width=8)
     x0, t, eps = batch(16)
     beta, u = rand_like(t, 0.5, 2), rand_like(x0)
@@ -452,7 +465,8 @@ def test_eq10_gradient_is_finite_differences(perturb, constraint):
 @pytest.mark.parametrize("perturb", ["ran", "adv"])
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 def test_eq10_share_is_unbiased(perturb, share):
-    """On a share of the rows, the mean over all orders of the batch is the full term, and so are its gradients."""
+    """On a share of the rows, the mean over all orders of the batch is the full term, and so are
+    its gradients."""
     model = mlp()
     x0, t, eps = batch(4)
     t[0] = 20  # lambda_t large
@@ -504,7 +518,8 @@ def test_eq10_from_t_min_is_the_term_of_those_rows(perturb):
 
 @pytest.mark.parametrize("perturb, rows", [("ran", [8 + 2]), ("adv", [8, 2, 2])])
 def test_eq10_share_is_the_work_done(perturb, rows):
-    """share = 1/4 of 8 rows: one forward over 10 (ran), or 8 clean, 2 in the attack, 2 perturbed (adv)."""
+    """share = 1/4 of 8 rows: one forward over 10 (ran), or 8 clean, 2 in the attack, 2 perturbed
+    (adv)."""
     model, seen = mlp(), []
 
     def counted(x, t):
@@ -520,7 +535,8 @@ def test_eq10_share_is_the_work_done(perturb, rows):
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_eq10_detach(detach):
-    """eps_theta = k x: d/dk of the residual k s delta - delta is s delta; x + s delta if eps(x_t) is held constant."""
+    """eps_theta = k x: d/dk of the residual k s delta - delta is s delta; x + s delta if eps(x_t)
+    is held constant."""
     x0, t, eps = batch()
     beta, u = rand_like(t, 0.5, 2), rand_like(x0)
     k = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
@@ -573,11 +589,13 @@ def test_robust_loss_refuses_unknown_names():
 @pytest.mark.parametrize("ray_units", ["pixel", "eps"])
 @pytest.mark.parametrize("constraint", ["equivariance", "invariance"])
 def test_gaussian_data_minimiser(constraint, ray_units):
-    """Data N(mu, v), eps_theta = k (x_t - sqrt(abar) mu), random delta: k = s (1 + c) / (abar v + s^2 (1 + c)), Eq. 10.
+    """Data N(mu, v), eps_theta = k (x_t - sqrt(abar) mu), random delta: k = s (1 + c) / (abar v +
+    s^2 (1 + c)), Eq. 10.
 
-    c = E_beta lambda_t r^2 / 3, in which lambda_t r^2 = lam sqrt(3) r / s (pixel) or lam sqrt(3) r (eps) is linear in
-    beta, so that beta = 1.25 gives the mean. Invariance loses the (1 + c) of the numerator. The loss is quadratic: the
-    16 combinations of x0 = mu +- sqrt(v), eps = +-1, u = +-1/sqrt(3), beta = 0.5 or 2 have the exact moments.
+    c = E_beta lambda_t r^2 / 3, in which lambda_t r^2 = lam sqrt(3) r / s (pixel) or lam sqrt(3) r
+    (eps) is linear in beta, so that beta = 1.25 gives the mean. Invariance loses the (1 + c) of the
+    numerator. The loss is quadratic: the 16 combinations of x0 = mu +- sqrt(v), eps = +-1, u =
+    +-1/sqrt(3), beta = 0.5 or 2 have the exact moments.
     """
     mu, v = 0.3, 0.25
     sign = torch.tensor([-1.0, 1.0], dtype=torch.float64)
@@ -612,7 +630,7 @@ def test_gaussian_data_minimiser(constraint, ray_units):
         assert abs(gradient(best)) < 1e-9 * slope, step
 
 
-# rivals --------------------------------------------------------------------------------------------------------------
+# rivals -------------------------------------------------------------------------------------------
 
 
 def test_ambient_without_noise_is_eq4():
@@ -623,7 +641,8 @@ def test_ambient_without_noise_is_eq4():
 
 
 def test_ambient_is_tweedie_twice():
-    """x^_0 mapped to the level of y, (s_t^2 - s_y^2) x^_0 + s_y^2 x_t^VE over s_t^2, against y, over sqrt(a) s_t."""
+    """x^_0 mapped to the level of y, (s_t^2 - s_y^2) x^_0 + s_y^2 x_t^VE over s_t^2, against y,
+    over sqrt(a) s_t."""
     y, t, eps = batch()
     sigma_y, W, seen = rand_like(t, 0.0, 0.5), draw(3, 3, seed=7), []
 
@@ -647,7 +666,8 @@ def test_ambient_is_tweedie_twice():
 
 
 def test_ambient_steps():
-    """t in 0..T-1 covers t_min..T-1 in order, each step alike up to rounding; a level beyond the schedule gives NaN."""
+    """t in 0..T-1 covers t_min..T-1 in order, each step alike up to rounding; a level beyond the
+    schedule gives NaN."""
     seen = []
 
     def steps(sigma_y):
@@ -665,7 +685,8 @@ def test_ambient_steps():
 
 
 def linear_minimiser(loss):
-    """k (T,), eps_theta = k_t x_t, that minimises a loss quadratic in k: one Newton step for each t."""
+    """k (T,), eps_theta = k_t x_t, that minimises a loss quadratic in k: one Newton step for each
+    t."""
 
     def gradient(value):
         k = torch.full((1000,), value, dtype=torch.float64, requires_grad=True)
@@ -677,10 +698,12 @@ def linear_minimiser(loss):
 
 @pytest.mark.parametrize("v", [0.25, 0.04])
 def test_ambient_removes_the_noise_of_gaussian_data(v):
-    """N(0, v), 9 of 10 images with noise 0.2: ambient learns the score of N(0, v) at all t, DDPM that of N(0, v + .9 noise).
+    """N(0, v), 9 of 10 images with noise 0.2: ambient learns the score of N(0, v) at all t, DDPM
+    that of N(0, v + .9 noise).
 
-    The sampler is linear: from x_T = 1 it returns the standard deviation of the samples. Moments are exact: x = +-std, eps
-    = +-1. If the noise is over-estimated by a fifth, the learnt variance is v + s^2 - (1.2 s)^2, as soon as s_t > 1.2 s.
+    The sampler is linear: from x_T = 1 it returns the standard deviation of the samples. Moments
+    are exact: x = +-std, eps = +-1. If the noise is over-estimated by a fifth, the learnt variance
+    is v + s^2 - (1.2 s)^2, as soon as s_t > 1.2 s.
     """
     sigma, sign = 0.2, torch.tensor([-1.0, 1.0], dtype=torch.float64)
     noise = sigma * (torch.arange(10) > 0).double()
@@ -735,7 +758,7 @@ def test_huber():
     assert loss(1e-9, last) == pytest.approx(2 * 1e-9**0.999 * abs(residual(last)).mean(), rel=1e-5)
 
 
-# scaled_gradient -----------------------------------------------------------------------------------------------------
+# scaled_gradient ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,4 +1,5 @@
-"""memorization.py: planted copies are found and ranked, the search is exact, the null and the counts are right."""
+"""memorization.py: planted copies are found and ranked, the search is exact, the null and the
+counts are right."""
 
 import argparse
 import json
@@ -26,7 +27,8 @@ dependencies = ["torch"]
 def dinov2_vitb14(pretrained=True):
     if pretrained:
         raise RuntimeError("no internet")
-    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 14, 14), torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten())
+    layers = torch.nn.Conv2d(3, 8, 14, 14), torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten()
+    return torch.nn.Sequential(*layers)
 """
 
 
@@ -38,8 +40,9 @@ def unit(n, d, seed):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """train/ and test/ of 40 and 10 random images; copies.npz: an exact, a mirrored and a noised copy of training images 5,
-    6, 7, then three new images; a stand-in for DINOv2; untrained checkpoints."""
+    """train/ and test/ of 40 and 10 random images; copies.npz: an exact, a mirrored and a noised
+    copy of training images 5, 6, 7, then three new images; a stand-in for DINOv2; untrained
+    checkpoints."""
     root, rng = tmp_path_factory.mktemp("memorization"), np.random.default_rng(0)
     images = rng.integers(0, 256, (53, 8, 8, 3), dtype=np.uint8)
     for i, image in enumerate(images[:50]):
@@ -105,7 +108,7 @@ def run(root, tmp_path, monkeypatch):
     return run
 
 
-# the search ----------------------------------------------------------------------------------------------------------
+# the search ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunks", [(1, 1), (7, 5), (70, 89), (1000, 1000)])
@@ -139,7 +142,7 @@ def test_counts_and_intervals():
     assert rows[2]["low"] == 0 and rows[2]["high"] == pytest.approx(1 - 0.025**0.01)
 
 
-# the whole command ---------------------------------------------------------------------------------------------------
+# the whole command --------------------------------------------------------------------------------
 
 
 def test_planted_copies_are_found_and_ranked(run, root, tmp_path):
@@ -166,7 +169,8 @@ def test_planted_copies_are_found_and_ranked(run, root, tmp_path):
 
 
 def test_pixels_are_centred(root):
-    """Also by the mean of the mirror images, when those are searched: a mirrored pair is as similar as the pair."""
+    """Also by the mean of the mirror images, when those are searched: a mirrored pair is as similar
+    as the pair."""
     x = np.random.default_rng(1).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
     f = {flips: metrics.extract(features.Pixels(x, flips), x)[0] for flips in (True, False)}
     np.testing.assert_allclose(
@@ -177,9 +181,11 @@ def test_pixels_are_centred(root):
 
 
 def test_folders_and_checkpoints_in_classifier_features(run):
-    """Training images as a folder are copies; a sampled checkpoint stands beside them; all go through one network."""
+    """Training images as a folder are copies; a sampled checkpoint stands beside them; all go
+    through one network."""
     record, found = run(
-        "--samples train ckpt.pt --names a b --n 3 --steps 2 --sampler ddim --features classifier.pt"
+        "--samples train ckpt.pt --names a b --n 3 --steps 2 --sampler ddim "
+        "--features classifier.pt"
     )
     assert found["a/similarity"] == pytest.approx([1] * 3, abs=1e-6) and list(found["a/index"]) == [
         0,
@@ -198,7 +204,8 @@ def test_an_interrupted_sample_is_not_searched(root, monkeypatch):
 
 
 def test_dinov2_from_a_local_clone(run, root, monkeypatch):
-    """Against torchvision's resize and normalise; the second run takes all but the samples' features from the cache."""
+    """Against torchvision's resize and normalise; the second run takes all but the samples'
+    features from the cache."""
     calls, extract = [], metrics.extract
     monkeypatch.setattr(metrics, "extract", lambda *args: calls.append(args[-1]) or extract(*args))
     flags = "--samples copies.npz --dino-hub hub --dino-weights dino.pth --data-root dino_data"

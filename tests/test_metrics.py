@@ -31,7 +31,8 @@ def spd(d, rank=None, seed=0):
 
 
 def test_judged_faulty_errs_as_often_as_normal_theory_says():
-    """Equal covariances, means D apart in their metric: a share Phi(-D / 2) of either kind falls on the wrong side."""
+    """Equal covariances, means D apart in their metric: a share Phi(-D / 2) of either kind falls on
+    the wrong side."""
     rng, root, D = np.random.default_rng(0), linalg.cholesky(spd(5)), 2.5
     shift = D * root[0] / np.linalg.norm(linalg.solve_triangular(root, root[0], trans="T"))
     x = rng.normal(size=(60_000, 5)) @ root
@@ -47,7 +48,7 @@ def test_judged_faulty_errs_as_often_as_normal_theory_says():
     assert judged_faulty(faulty, clean, clean)[2] == pytest.approx(1 - wrong, abs=0.012)
 
 
-# Fréchet distance ----------------------------------------------------------------------------------------------------
+# Fréchet distance ---------------------------------------------------------------------------------
 
 
 def test_fid_of_equal_covariances():
@@ -115,7 +116,7 @@ def test_moments_are_unbiased():
     assert mu.tolist() == [1, 2] and cov.tolist() == [[2, 4], [4, 8]] and cov.dtype == np.float64
 
 
-# Inception Score -----------------------------------------------------------------------------------------------------
+# Inception Score ----------------------------------------------------------------------------------
 
 
 def test_inception_score_closed_forms():
@@ -130,7 +131,8 @@ def test_inception_score_closed_forms():
 
 
 def test_inception_score_of_splits():
-    """Two classes in the first half, one in the second: 2 and 1, hence 1.5 +- 0.5; taken together another number."""
+    """Two classes in the first half, one in the second: 2 and 1, hence 1.5 +- 0.5; taken together
+    another number."""
     logits = 30 * torch.eye(10)[[0, 1] * 10 + [2] * 20]
     assert inception_score(logits, splits=2) == pytest.approx((1.5, 0.5), abs=1e-6)
     entropy = 0.25 * math.log(4) * 2 + 0.5 * math.log(2)
@@ -144,7 +146,7 @@ def test_inception_score_survives_zero_probabilities():
     )
 
 
-# single images -------------------------------------------------------------------------------------------------------
+# single images ------------------------------------------------------------------------------------
 
 
 def test_psnr():
@@ -189,7 +191,7 @@ def test_to_uint8():
     ]
 
 
-# features ------------------------------------------------------------------------------------------------------------
+# features -----------------------------------------------------------------------------------------
 
 
 def mean_colour():
@@ -232,7 +234,8 @@ def test_reference_moments_are_cached_by_network_and_pixels(tmp_path):
 
 @pytest.fixture(scope="module")
 def random_inception(tmp_path_factory):
-    """pytorch-fid's network with random weights in place of the download, and the file of its weights."""
+    """pytorch-fid's network with random weights in place of the download, and the file of its
+    weights."""
     inception = pytest.importorskip("pytorch_fid.inception")
     torch.manual_seed(0)
     net = inception._inception_v3(num_classes=1008, aux_logits=False, weights=None)
@@ -299,11 +302,12 @@ def test_inception_refuses_a_wrong_file(inception, random_inception, tmp_path):
         Inception(tmp_path / "wrong.pt")
 
 
-# noise of single images, by the median --------------------------------------------------------------------------------
+# noise of single images, by the median ------------------------------------------------------------
 
 
 def test_noise_mad():
-    """White noise gives its own sigma, planes and half flat images give 0; each image is judged by itself."""
+    """White noise gives its own sigma, planes and half flat images give 0; each image is judged by
+    itself."""
     z = torch.randn(8, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     plane = torch.linspace(-1, 1, 64, dtype=torch.float64) * 0.5 + 0.1
     for sigma in (0.05, 0.2, 1.0):
@@ -317,7 +321,8 @@ def test_noise_mad():
 
 
 def test_noise_mad_bears_wild_pixels():
-    """One pixel in 100 is far off: 9 % of the responses, which move the mean absolute response by much more."""
+    """One pixel in 100 is far off: 9 % of the responses, which move the mean absolute response by
+    much more."""
     g = torch.Generator().manual_seed(0)
     x = 0.1 * torch.randn(8, 3, 64, 64, dtype=torch.float64, generator=g)
     x = torch.where(torch.rand(8, 1, 64, 64, generator=g) < 0.01, 3.0, x)
@@ -364,7 +369,8 @@ def test_diversity_against_definition():
 
 
 def test_diversity_sees_collapse():
-    """Copies of one real image are precise but not varied; another sample of the same kind is both."""
+    """Copies of one real image are precise but not varied; another sample of the same
+    kind is both."""
     g = torch.Generator().manual_seed(0)
     real, other = torch.randn(2, 500, 4, generator=g)
     alike, collapsed = (
@@ -380,7 +386,8 @@ def test_diversity_sees_collapse():
 
 
 def test_image_statistics():
-    """A wave lies in its band with power 1/2; white noise has its variance in all bands; brightness is the mean's."""
+    """A wave lies in its band with power 1/2; white noise has its variance in all bands; brightness
+    is the mean's."""
     size = 32
     x = torch.arange(size) / size
     for band, cycles in ((1, 2), (2, 4), (3, 8), (4, 16)):
@@ -399,7 +406,8 @@ def test_image_statistics():
 
 @pytest.mark.parametrize("t", [100, 600, 900])
 def test_brightness_gain_of_the_gaussian_minimiser(t):
-    """eps* = s Sigma_t^-1 x_t with Sigma_t = abar Sigma + s^2: for data of bright and dark images, in float64."""
+    """eps* = s Sigma_t^-1 x_t with Sigma_t = abar Sigma + s^2: for data of bright and dark images,
+    in float64."""
     schedule, numel = NoiseSchedule(), 3 * 4 * 4
     ones = torch.ones(numel, 1, dtype=torch.float64) / numel**0.5
     cov = 0.05 * torch.eye(numel, dtype=torch.float64) + 2.0 * ones @ ones.T
@@ -439,7 +447,8 @@ def test_clopper_pearson():
 
 
 def test_rms_interval():
-    """Against the normal law of the mean of squares, for n large; covers the true RMS in 95 % of samples of 60."""
+    """Against the normal law of the mean of squares, for n large; covers the true RMS in 95 % of
+    samples of 60."""
     rng = np.random.default_rng(0)
     squares = rng.gamma(3.0, 0.5, size=20_000)  # mean 1.5, variance .75
     half = 1.96 * np.sqrt(0.75 / 20_000) / (2 * np.sqrt(1.5))

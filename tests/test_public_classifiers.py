@@ -1,4 +1,5 @@
-"""public_classifiers.py: the names of public weights, against networks written anew with those names."""
+"""public_classifiers.py: the names of public weights, against networks written anew with those
+names."""
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from synthetic import synthetic_butterflies
 
 
 class Trades(nn.Module):
-    """A wide residual network of RobustBench's first family, by its names (Zagoruyko & Komodakis)."""
+    """A wide residual network of RobustBench's first family, by its names (Zagoruyko &
+    Komodakis)."""
 
     def __init__(self, blocks, width, classes):
         super().__init__()

@@ -1,4 +1,5 @@
-"""purification.py: exact gradients, known noise, every sampler on Gaussian data; purify.py: the command."""
+"""purification.py: exact gradients, known noise, every sampler on Gaussian data; purify.py: the
+command."""
 
 import json
 import math
@@ -19,7 +20,7 @@ from runtime import save_checkpoint
 from samplers import ddpm_sample, edm_follow, heun_sample
 from unet import UNet
 
-# the purifier ---------------------------------------------------------------------------------------------------------
+# the purifier -------------------------------------------------------------------------------------
 
 
 def test_timesteps():
@@ -37,7 +38,8 @@ def test_timesteps():
 
 @pytest.mark.parametrize("sampler", purification.SAMPLERS)
 def test_gradient_is_exact(sampler):
-    """Checkpointed = plain, and = finite differences along a random direction, clipping included."""
+    """Checkpointed = plain, and = finite differences along a random direction, clipping
+    included."""
     noise, x, v = image_draws(0, INDEX), images(), draw(3, 3, 6, 6, seed=2)
     grads = []
     for checkpointed in (True, False):
@@ -74,7 +76,8 @@ def test_checkpointing_runs_the_network_again_instead_of_keeping_it():
     "sampler", ["ddpm", "ddim", "vp-sde", "vp-sde-corrector", "edm-ode", "edm-sde"]
 )
 def test_gaussian_data_stay_what_they_are(sampler):
-    """With the true score of N(0, v), purified samples of N(0, v) are N(0, v), and follow their image as posteriors do."""
+    """With the true score of N(0, v), purified samples of N(0, v) are N(0, v), and follow their
+    image as posteriors do."""
     v = 0.25
 
     def model(x, t):
@@ -98,7 +101,8 @@ def test_gaussian_data_stay_what_they_are(sampler):
 
 
 def test_vp_sde_tends_to_ddpm():
-    """Same noise, path by path; the difference is of first order in the step. EM's noise of the last step is left out."""
+    """Same noise, path by path; the difference is of first order in the step. EM's noise of the
+    last step is left out."""
     errors = []
     for nfe in (20, 100):
 
@@ -125,7 +129,8 @@ def test_vp_sde_with_and_without_the_noise_of_the_last_step():
 
 
 def test_corrector_step_has_the_signal_to_noise_ratio():
-    """Song et al. (2021), Alg. 5: x + size score + sqrt(2 size) z with |size score| = snr sqrt(alpha_t) |sqrt(2 size) z|."""
+    """Song et al. (2021), Alg. 5: x + size score + sqrt(2 size) z with |size score| = snr
+    sqrt(alpha_t) |sqrt(2 size) z|."""
     eps, seen = draw(2, 3, 6, 6, seed=7), []
     eps[1] *= 3  # each image has its own step
 
@@ -175,7 +180,8 @@ def test_it_is_the_sampler_of_sample_py():
 
 @pytest.mark.parametrize("sampler, churn", [("edm-ode", 0.0), ("edm-sde", 6.0)])
 def test_edm_as_in_p2(sampler, churn):
-    """App. F: from x + .5 N(0, I), 50 steps at continuous sigma, x^_0 clamped at the output alone."""
+    """App. F: from x + .5 N(0, I), 50 steps at continuous sigma, x^_0 clamped at the
+    output alone."""
     x, noise = 2 * images() - 1, image_draws(5, INDEX)
     expected = edm_follow(
         Eps(), SCHEDULE, x + 0.5 * noise(0, x), 0.5, 50, churn, 0.01, 0.46, 1.007, False,
@@ -339,7 +345,8 @@ def test_the_range_is_looked_at_unless_told_otherwise():
 
 
 def test_gdmp_is_guided_by_the_given_image_in_every_round(monkeypatch):
-    """A model that denoises to 0: from the second round on, the sample has forgotten the image, the guide has not."""
+    """A model that denoises to 0: from the second round on, the sample has forgotten the image, the
+    guide has not."""
     guides = []
     monkeypatch.setattr(
         purification, "guidance", lambda x, y, kind: guides.append(y.clone()) or torch.zeros_like(x)
@@ -377,7 +384,7 @@ def test_defaults_of_p2():
     assert purifier("edm-sde", nfe=None).nfe == 50 and purifier().snr == 0.16
 
 
-# the command ----------------------------------------------------------------------------------------------------------
+# the command --------------------------------------------------------------------------------------
 
 
 def run(*args):

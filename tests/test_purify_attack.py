@@ -1,4 +1,5 @@
-"""purify_attack.py, and purify.evaluate: what the attack knows and what judges it, PGD in closed form."""
+"""purify_attack.py, and purify.evaluate: what the attack knows and what judges it, PGD in closed
+form."""
 
 import math
 
@@ -16,7 +17,8 @@ from rng import image_noise
 
 
 def test_draws_per_step_by_default():
-    """P2's code: EoT 10, but 1 with the noise of the forward step known; what is asked for counts."""
+    """P2's code: EoT 10, but 1 with the noise of the forward step known; what is asked
+    for counts."""
     asked = {"white": (10, 4), "fwd": (1, 4), "both": (1, 1), "semi-3": (3, 3), "no noise": (1, 1)}
     for knowledge, numbers in asked.items():
         draws = [purify_attack.noises(knowledge, 0, INDEX, 0, eot) for eot in (None, 4)]
@@ -72,7 +74,8 @@ def test_what_the_attack_knows():
 
 
 def test_pgd_on_a_linear_classifier():
-    """Two classes: the gradient's direction never changes, so the end is at the border of the ball and of the box."""
+    """Two classes: the gradient's direction never changes, so the end is at the border of the ball
+    and of the box."""
     classifier, y = linear(), torch.tensor([0, 1, 0])
     net, x = purifier("none", classifier=classifier), images()
     x[0, 0, 0, :3], x[1, 1, 1, :3] = 0.0, 1.0
@@ -112,8 +115,9 @@ def test_pgd_keeps_to_the_ball_and_the_box(norm):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_pgd_as_in_p2(norm):
-    """P2's loop written a second time, on curved networks with the draws that were used: gradients of
-    the mean cross-entropy summed over the draws of a step, from delta = 0, in the ball, in the box."""
+    """P2's loop written a second time, on curved networks with the draws that were used: gradients
+    of the mean cross-entropy summed over the draws of a step, from delta = 0, in the ball, in the
+    box."""
     used = []
 
     class Recording(PurifiedClassifier):
@@ -159,7 +163,8 @@ def test_eot_averages_gradients():
 @pytest.mark.parametrize("eot_batch", [2, 3, 7])
 @pytest.mark.parametrize("knowledge", ["white", "fwd", "semi-4"])
 def test_batched_draws_are_the_draws(knowledge, eot_batch):
-    """5 draws (of semi 4) in one larger batch, or in some: the loss, its gradient and the hits are those of single draws."""
+    """5 draws (of semi 4) in one larger batch, or in some: the loss, its gradient and the hits are
+    those of single draws."""
     net, x, y = purifier("vp-sde-corrector"), images(), INDEX % 2
     draws = purify_attack.noises(knowledge, 0, INDEX, 1, 5)
     for quantity in (loss_of, gradient_of):
@@ -181,7 +186,8 @@ def test_noise_is_a_function_of_seed_image_draw_and_number():
 
 
 def test_gradient_survives_float16():
-    """A classifier that runs in float16 and is sure: its gradients, about 1e-9, would be 0 there."""
+    """A classifier that runs in float16 and is sure: its gradients, about 1e-9, would be
+    0 there."""
     w = (0.01 * draw(2, 108)).half()
 
     def classifier(x):
@@ -231,7 +237,8 @@ class Spy(nn.Module):
 
 @pytest.mark.parametrize("knowledge", ["white", "fwd", "both", "semi-4"])
 def test_noise_of_the_attack_and_of_the_evaluation(knowledge):
-    """P2's Algorithm: fresh draws in every step and an unseen one to judge, but for what is known."""
+    """P2's Algorithm: fresh draws in every step and an unseen one to judge, but for what
+    is known."""
     spy, x = Spy(), images()
     purify.evaluate(spy, x, INDEX % 2, INDEX, settings(), knowledge, "linf")
     judge = tuple(round(image_draws(0, INDEX)(k, x).sum().item(), 9) for k in (0, 1))
@@ -258,7 +265,8 @@ def test_noise_of_the_attack_and_of_the_evaluation(knowledge):
 
 @pytest.mark.parametrize("knowledge", ["white", "fwd", "both", "semi-4"])
 def test_draws_that_choose_and_draws_that_judge(knowledge):
-    """--evaluations 3: other draws judge than choose, and neither is the attack's, unless it knows them."""
+    """--evaluations 3: other draws judge than choose, and neither is the attack's, unless it knows
+    them."""
     spy, x = Spy(), images()
     purify.evaluate(spy, x, INDEX % 2, INDEX, settings(evaluations=3), knowledge, "linf")
     n = 1 if knowledge == "both" else 3
@@ -289,7 +297,8 @@ def test_clean_and_robust_accuracy_differ():
 
 
 def test_candidates_are_chosen_by_several_evaluations(monkeypatch):
-    """A candidate that fools one purification in two loses to the image itself if that is always misclassified."""
+    """A candidate that fools one purification in two loses to the image itself if that is always
+    misclassified."""
 
     class Coin(nn.Module):
         def forward(self, x, noise):

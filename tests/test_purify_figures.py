@@ -71,7 +71,8 @@ def test_landscape_of_fig_3():
 
 def test_trajectories_of_fig_1():
     """Five evaluations of one image: each known-noise attack ends at its own corner, where the loss
-    under its own noise is highest; distances to the start in the plane are no larger than in full."""
+    under its own noise is highest; distances to the start in the plane are no larger than in full.
+    """
     x = 0.5 + 0.1 * torch.rand(2, 3, 4, 4, dtype=torch.float64)
     found = purify_figures.trajectories(Tilted(), x, torch.ones(2, dtype=torch.long), ARGS)
     known = found["all noise known (DW)"]

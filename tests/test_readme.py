@@ -38,7 +38,8 @@ def test_commands_of_the_readme_exist(script, flags):
 
 
 def test_a_sample_does_not_fall_on_a_training(tmp_path, capsys):
-    """`sample.py --ckpt ddpm/ckpt.pt --out ddpm`: metrics.json and grid.png would be those of the sample."""
+    """`sample.py --ckpt ddpm/ckpt.pt --out ddpm`: metrics.json and grid.png would be those of the
+    sample."""
     flags = "--model tiny --image-size 8 --data synthetic:16 --batch-size 8 --device cpu --iters 1"
     run = tmp_path / "ddpm"
     assert call(train, *flags.split(), "--out", run) == 0
@@ -95,7 +96,8 @@ LISTED = dict(  # a size of reproduce.py
 
 @pytest.fixture
 def in_small(monkeypatch, tmp_path):
-    """Networks of a few weights, lists of a few commands, run in this process; in an empty folder."""
+    """Networks of a few weights, lists of a few commands, run in this process; in an
+    empty folder."""
     small = dict(channels=(8,), attention=(True,), blocks=1, dropout=0.0, groups=4)
     monkeypatch.setitem(train.PRESETS, "tiny", small)
     monkeypatch.setitem(train.PRESETS, "mini", small | dict(patch=2))

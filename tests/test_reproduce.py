@@ -100,7 +100,8 @@ def test_finished(tmp_path):
 
 
 def test_table_verdicts(tmp_path):
-    """adv under noise must lower the distance, on clean data it raises it in P1; inv-adv must do worse."""
+    """adv under noise must lower the distance, on clean data it raises it in P1; inv-adv must do
+    worse."""
     values = {
         "none-0.9-0.2": 90,
         "adv-0.9-0.2": 30,
@@ -151,8 +152,8 @@ def test_stops_and_continues(tmp_path):
             return 0.0
 
     argv = (
-        "train.py --model mini --image-size 8 --data synthetic:64 --batch-size 4 --iters {} --sample-every 0 "
-        f"--device cpu --data-root {tmp_path} --out {out}"
+        "train.py --model mini --image-size 8 --data synthetic:64 --batch-size 4 --iters {} "
+        f"--sample-every 0 --device cpu --data-root {tmp_path} --out {out}"
     )
     assert not runner.run(out / "metrics.json", argv.format(100_000).split(), Deadline(1))
     stopped = json.loads((out / "metrics.json").read_text())["step"]

@@ -1,5 +1,5 @@
-"""reproduce_purify.py, purify_cost.py: every table and figure of P2 has its commands, every command its
-flags, and the cost is what a count by hand gives."""
+"""reproduce_purify.py, purify_cost.py: every table and figure of P2 has its commands, every command
+its flags, and the cost is what a count by hand gives."""
 
 import json
 import sys
@@ -37,7 +37,8 @@ def test_every_table_and_figure_of_p2_is_named(tmp_path, size):
 
 @pytest.mark.parametrize("size", reproduce_purify.SIZES)
 def test_every_command_is_one_that_its_script_takes(tmp_path, size):
-    """purify.py's are parsed; every flag of the others exists; a checkpoint is made before it is used."""
+    """purify.py's are parsed; every flag of the others exists; a checkpoint is made before it is
+    used."""
     specs = ["--classifiers", "torchvision:vgg16:v.pth"]
     made = {"v.pth"}
     for done, (script, *flags) in found(tmp_path, size, *specs).todo:
@@ -94,7 +95,7 @@ def test_dry_run_of_the_command(tmp_path, capsys):
     assert call(reproduce, "purify", "toy", "--data", "folder:none", "--dry-run") == 2
 
 
-# the cost --------------------------------------------------------------------------------------------------------------
+# the cost -----------------------------------------------------------------------------------------
 
 
 def test_calls_of_a_purification():
@@ -122,7 +123,8 @@ def test_flop_of_a_network_by_hand():
 
 
 def test_a_white_box_row_is_three_quarters_of_an_exaflop():
-    """1,024 images, PGD-20, EoT-10, 101 calls, each gradient three passes; 32 more of the judges."""
+    """1,024 images, PGD-20, EoT-10, 101 calls, each gradient three passes; 32 more of the
+    judges."""
     flags = "--ckpt a --classifier c --data cifar10 --n 1024 --purifier none ddpm --knowledge white"
     passes, flop = purify_cost.cost_of(["purify.py", *flags.split()], "ddpm", 32, "wrn-28-10")
     assert passes == 1024 * 101 * (20 * 10 * 3 + 4 + 2 * 10)
@@ -146,7 +148,7 @@ def test_cost_of_training():
     assert purify_cost.cost_of(argv, "mini", 16, "small")[0] == 10 * 64 * 13
 
 
-# what comes out --------------------------------------------------------------------------------------------------------
+# what comes out -----------------------------------------------------------------------------------
 
 
 def test_the_table_names_its_tables_and_p2s_number(tmp_path):

@@ -60,7 +60,8 @@ class Roughness(torch.nn.Module):
 
 
 def test_every_number_stands_in_its_cell(tmp_path, monkeypatch):
-    """Sample k of the list has distance k and a share (k % 19) / 20 of wild images, in all faults and seeds."""
+    """Sample k of the list has distance k and a share (k % 19) / 20 of wild images, in all faults
+    and seeds."""
     monkeypatch.setattr(rivals, "FAULTS", [(0.9, "gauss", 0.2, 0), (0.3, "outliers", 0, 1)])
     monkeypatch.setattr(rivals, "features_network", lambda *a: (Roughness(), "FID", ""))
     monkeypatch.setattr(rivals, "run_all", lambda *a: True)

@@ -1,7 +1,7 @@
 """Samplers, in float64: Gaussian data, whose ideal network is affine, and diffusers' schedulers.
 
-With an affine network a sampler is an affine map of x_T and the noises. Running it on unit vectors yields that map, hence
-the mean and the covariance of its samples without drawing any.
+With an affine network a sampler is an affine map of x_T and the noises. Running it on unit vectors
+yields that map, hence the mean and the covariance of its samples without drawing any.
 """
 
 import math
@@ -33,7 +33,8 @@ COV = np.array([[1.0, 0.3, 0.0], [0.3, 0.25, 0.1], [0.0, 0.1, 0.36]])
 
 
 def gaussian_eps(mu, cov):
-    """eps*(x, t) = sqrt(1 - abar) (abar C + (1 - abar) I)^-1 (x - sqrt(abar) mu) for data N(mu, C)."""
+    """eps*(x, t) = sqrt(1 - abar) (abar C + (1 - abar) I)^-1 (x - sqrt(abar) mu) for data
+    N(mu, C)."""
 
     def eps(x, t):
         abar = ABAR[t[0]]
@@ -48,7 +49,8 @@ def line_eps(v, mu=0.0):
 
 
 def exact_moments(sample, d, draws):
-    """sample(x_T, noise) affine in x_T and noise(0 .. draws-1) -> mean and covariance of its output for N(0, I) inputs."""
+    """sample(x_T, noise) affine in x_T and noise(0 .. draws-1) -> mean and covariance of its output
+    for N(0, I) inputs."""
     x_T = torch.zeros(1 + d * (1 + draws), d, dtype=torch.float64)
     x_T[1 : 1 + d] = torch.eye(d)
 
@@ -84,13 +86,15 @@ def record(into):
     return on_step
 
 
-# DDPM ----------------------------------------------------------------------------------------------------------------
+# DDPM ---------------------------------------------------------------------------------------------
 
 
 def ddpm_moments(mu, cov, pairs, variance):
-    """Conditioning Gaussians, E[x_s | x_t] has the slope G = sqrt(abar_t / abar_s) V_s V_t^-1, where V_t = Cov(x_t).
+    """Conditioning Gaussians, E[x_s | x_t] has the slope G = sqrt(abar_t / abar_s) V_s V_t^-1,
+    where V_t = Cov(x_t).
 
-    The samples' covariance is P <- G P G' + var I from P = I, with var = beta or, by Bayes, beta~, and 0 at the last step.
+    The samples' covariance is P <- G P G' + var I from P = I, with var = beta or, by Bayes, beta~,
+    and 0 at the last step.
     """
     eye = np.eye(len(mu))
     mean, P = 0 * mu, eye
@@ -157,7 +161,8 @@ def test_eq5_draws_its_own_noise():
     "ray_units, expected", [("pixel", (0.87, 0.77, 0.44, 0.18)), ("eps", (0.95, 0.95, 0.93, 0.89))]
 )
 def test_eq10_shrinks_gaussian_data(ray_units, expected):
-    """Sampling with Eq. 10's minimiser for N(0, v), k = s (1 + c) / (abar v + s^2 (1 + c)): std / sqrt(v) below 1."""
+    """Sampling with Eq. 10's minimiser for N(0, v), k = s (1 + c) / (abar v + s^2 (1 + c)): std /
+    sqrt(v) below 1."""
     for v, ratio in zip((1.0, 0.25, 0.04, 0.01), expected):
 
         def k_eps(x, t, v=v):
@@ -213,7 +218,7 @@ def test_ddpm_against_diffusers(variance, clip, steps):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9 * scale)
 
 
-# spacing -------------------------------------------------------------------------------------------------------------
+# spacing ------------------------------------------------------------------------------------------
 
 
 def test_spacing_timesteps():
@@ -265,8 +270,8 @@ def sampled_moments(v, mu, steps, spacing, variance):
 
 
 def test_respaced_keeps_unit_variance():
-    """For N(0, 1) the re-derived beta is the exact reverse variance: every x_t is N(0, 1), and x_0 keeps abar_0 of it, as
-    the last step adds no noise."""
+    """For N(0, 1) the re-derived beta is the exact reverse variance: every x_t is N(0, 1), and x_0
+    keeps abar_0 of it, as the last step adds no noise."""
     for steps in (5, 50, 300):
         assert sampled_moments(1.0, 0.0, steps, "respaced", "fixed-large")[1] == pytest.approx(
             ABAR[0], rel=1e-9
@@ -315,7 +320,7 @@ def test_what_fewer_steps_keep(spacing, steps):
             assert (exact / v) ** 0.5 == pytest.approx(kept, abs=0.01)
 
 
-# one graph ------------------------------------------------------------------------------------------------------------
+# one graph ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -328,7 +333,8 @@ def test_what_fewer_steps_keep(spacing, steps):
     ],
 )
 def test_compiled_step_is_one_graph_for_all_steps(sampler, options, monkeypatch):
-    """Noise and update are one graph without a break; neither another step, batch nor number of steps compiles another."""
+    """Noise and update are one graph without a break; neither another step, batch nor number of
+    steps compiles another."""
     graphs, compile_ = [], torch.compile
 
     def backend(graph, inputs):
@@ -363,7 +369,8 @@ def test_compiled_step_is_one_graph_for_all_steps(sampler, options, monkeypatch)
 
 @pytest.mark.parametrize("options", [{}, dict(clip=False), dict(S_churn=5.0)])
 def test_compiled_heun_step_is_two_graphs_for_all_steps(options, monkeypatch):
-    """One before and one after the second network call, whatever the step; the values are eager's."""
+    """One before and one after the second network call, whatever the step; the values are
+    eager's."""
     graphs = []
     compile_ = torch.compile
 
@@ -396,7 +403,7 @@ def test_compiled_heun_step_is_two_graphs_for_all_steps(options, monkeypatch):
     assert len(graphs) == 2
 
 
-# details of the loop -------------------------------------------------------------------------------------------------
+# details of the loop ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -432,7 +439,8 @@ def test_on_step_sees_and_changes_every_step(sampler, pairs):
 
 @pytest.mark.parametrize("sampler", [ddpm_sample, ddim_sample, heun_sample])
 def test_clipping_enters_the_chain(sampler):
-    """A network that believes x_0 = 3: the samples are 3, but with clipping 1, and every x_t on the way differs too."""
+    """A network that believes x_0 = 3: the samples are 3, but with clipping 1, and every x_t on the
+    way differs too."""
     x_T, seen = draw(2, 3, 4, 4), {True: [], False: []}
     for clip in (True, False):
 
@@ -483,11 +491,12 @@ def test_bad_arguments():
             heun_sample(toy_eps, SCHEDULE, x_T, **kw)
 
 
-# DDIM ----------------------------------------------------------------------------------------------------------------
+# DDIM ---------------------------------------------------------------------------------------------
 
 
 def test_ddim_gaussian_data():
-    """eta = 0: x'_t - sqrt(abar') mu = (sqrt(abar abar') C + s s' I) V_t^-1 (x_t - sqrt(abar) mu), step by step."""
+    """eta = 0: x'_t - sqrt(abar') mu = (sqrt(abar abar') C + s s' I) V_t^-1 (x_t - sqrt(abar) mu),
+    step by step."""
     mean, A = -math.sqrt(ABAR[950]) * MU, np.eye(3)
     for t in range(950, -1, -50):
         a, b = ABAR[t], ABAR[t - 50] if t > 0 else 1.0
@@ -567,7 +576,7 @@ def test_clipping_in_ddim_keeps_the_brightness_only_where_eps_is_rederived():
     assert kept[True] == pytest.approx(1.0, abs=0.02)
 
 
-# EDM -----------------------------------------------------------------------------------------------------------------
+# EDM ----------------------------------------------------------------------------------------------
 
 
 SIGMA = np.sqrt((1 - ABAR) / ABAR)
@@ -693,7 +702,8 @@ def test_heun_gaussian_data():
 def test_heun_is_second_order():
     """On N(0, 1) twice the steps leave a quarter of the error (Euler: half).
 
-    The ODE's solution is proportional to sqrt(1 + sigma^2); the step to sigma = 0 returns the posterior mean x / (1 + sigma^2).
+    The ODE's solution is proportional to sqrt(1 + sigma^2); the step to sigma = 0 returns the
+    posterior mean x / (1 + sigma^2).
     """
     sigma = np.sqrt((1 - ABAR) / ABAR)
     exact = (
@@ -724,7 +734,8 @@ def test_heun_from_t_start():
 
 
 def test_heun_churn():
-    """Noise added and removed again: the data's moments stay, the samples change; outside [S_min, S_max] nothing does."""
+    """Noise added and removed again: the data's moments stay, the samples change; outside [S_min,
+    S_max] nothing does."""
 
     def sample(**kw):
         return lambda x_T, noise: heun_sample(
@@ -745,8 +756,8 @@ def test_heun_churn():
 
 
 def test_eps_of_a_denoiser():
-    """Of N(0, v): D(x; sigma) = v x / (v + sigma^2), eps = sqrt(1 - abar) x_t / (abar v + 1 - abar);
-    between two steps sigma is the one whose t that is."""
+    """Of N(0, v): D(x; sigma) = v x / (v + sigma^2), eps = sqrt(1 - abar) x_t / (abar v + 1 -
+    abar); between two steps sigma is the one whose t that is."""
     v, asked = 0.3, []
 
     def denoiser(x, sigma):

@@ -1,4 +1,5 @@
-"""The toy's oracles: densities, distances and moments in closed form; networks side by side; the command line."""
+"""The toy's oracles: densities, distances and moments in closed form; networks side by side; the
+command line."""
 
 import argparse
 import json
@@ -26,7 +27,8 @@ def seeded(seed=0):
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("t", [0, 50, 100, 500, 999])
 def test_true_score_is_the_gradient_of_the_log_density(name, t):
-    """Against autograd through torch.distributions' mixture, built from the definition of the set."""
+    """Against autograd through torch.distributions' mixture, built from the definition of
+    the set."""
     abar = SCHEDULE.alphas_bar[t].item()
     mean, scale = toy3d_data.standard(name)
     centres, cov = (toy3d_data.CENTRES[name] - mean) / scale, toy3d_data.COVARIANCE[name] / scale**2
@@ -105,7 +107,7 @@ def test_distance_and_shares_in_closed_form():
     clean = toy3d_data.measure(
         "oblique-plane", toy3d_data.clean_points("oblique-plane", 20_000, seeded(1)), 0
     )
-    # across the plane |N(0, SIGMA)|: mean SIGMA sqrt(2 / pi), 95 % at 1.96 SIGMA, 6e-5 beyond 4 SIGMA
+    # across the plane |N(0, SIGMA)|: mean SIGMA sqrt(2 / pi), 95 % at 1.96 SIGMA, 6e-5 beyond 4
     assert clean["off_support"] < 5e-4 and clean["spread"] == pytest.approx(1, abs=0.02)
     assert clean["distance_mean"] == pytest.approx(
         toy3d_data.SIGMA * (2 / math.pi) ** 0.5, rel=0.03
@@ -126,16 +128,17 @@ def test_sliced_w2_of_a_shift_and_of_a_scaling():
     assert toy3d_data.sliced_w2(x, x[torch.randperm(500)] + c) == pytest.approx(
         3 / 3**0.5, abs=1e-12
     )
-    z = (
-        x - x.mean(0)
-    )  # along each direction the optimal map of z to 2 z moves by z: the root mean square of z over all
+    z = x - x.mean(
+        0
+    )  # along each direction the optimal map of z to 2 z moves by z: the RMS of z over all
     assert toy3d_data.sliced_w2(z, 2 * z) == pytest.approx(
         z.square().mean().sqrt().item(), abs=1e-12
     )
 
 
 def test_sliced_w2_of_weighted_points():
-    """Along a direction q a quarter of the mass moves by |q_1|: W2^2 = q_1^2 / 4, 1/3 of it on average."""
+    """Along a direction q a quarter of the mass moves by |q_1|: W2^2 = q_1^2 / 4, 1/3 of it on
+    average."""
     x = torch.tensor([[0.0, 0, 0], [1, 0, 0]]).double()
     uneven = torch.tensor([0.25, 0.75]).double()
     expected = math.sqrt(0.25 / 3)
@@ -147,7 +150,8 @@ def test_sliced_w2_of_weighted_points():
 
 
 def test_measure_matches_the_weights_of_the_modes():
-    """Samples that are the reference but for their modes' weights: at distance 0; shifted, at |c| / sqrt(3)."""
+    """Samples that are the reference but for their modes' weights: at distance 0; shifted, at |c| /
+    sqrt(3)."""
     reference = toy3d_data.clean_points("3-gaussians", 300, seeded(10_000))
     x = torch.cat([reference, reference[0::3], reference[0::3], reference[1::3]])
     weights = toy3d_data.mode_matched("3-gaussians", x)
@@ -167,7 +171,8 @@ def test_measure_matches_the_weights_of_the_modes():
 
 
 def test_networks_side_by_side_do_not_mix():
-    """Row i belongs to network i % M in every loss: one job's gradient ignores the other jobs' points."""
+    """Row i belongs to network i % M in every loss: one job's gradient ignores the other jobs'
+    points."""
     torch.manual_seed(0)
     M, n = 3, 16
     model = toy3d.MLP(M)
@@ -188,7 +193,8 @@ def test_ideal_network_has_no_error_and_samples_the_set():
     ideal = toy3d_data.true_eps(names, SCHEDULE)
     error, lip_eps, gain_x0 = toy3d_sweep.by_t(ideal, names, SCHEDULE, n=50)
     assert error.max() < 1e-3  # float32
-    # the plane alone is Gaussian: eps is linear, steepest across the plane, s^2 / (abar SIGMA^2 / scale^2 + s^2)
+    # the plane alone is Gaussian: eps is linear, steepest across the plane,
+    # s^2 / (abar SIGMA^2 / scale^2 + s^2)
     abar, v = (
         SCHEDULE.alphas_bar[toy3d_sweep.TS].double(),
         (toy3d_data.SIGMA / toy3d_data.standard("oblique-plane")[1]) ** 2,
@@ -213,8 +219,8 @@ def test_ideal_network_has_no_error_and_samples_the_set():
     "name, truth, robust", [("3-gaussians", 0.841, 0.051), ("oblique-plane", 0.919, 0.133)]
 )
 def test_exact_minimiser_of_eq10_collapses_a_thin_set(name, truth, robust):
-    """NOTES.md: eps* = k x_t for N(0, v); v is that of a mode, or across the plane. Standard deviation of the
-    samples over the true one, with lambda = 0 and 0.3: those of RESULTS.md."""
+    """NOTES.md: eps* = k x_t for N(0, v); v is that of a mode, or across the plane. Standard
+    deviation of the samples over the true one, with lambda = 0 and 0.3: those of RESULTS.md."""
     v = (toy3d_data.SIGMA / toy3d_data.standard(name)[1]) ** 2
     args = argparse.Namespace(
         seed=0, n=3000, sample_steps=500, variance="fixed-small", device="cpu"
@@ -286,9 +292,8 @@ SMALL = [
 
 
 def test_a_small_run_leaves_every_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        sys, "argv", [*SMALL, "--seeds", "2", "--methods", "none", "late-adv", "--out", str(tmp_path)]
-    )
+    flags = ["--seeds", "2", "--methods", "none", "late-adv", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*SMALL, *flags])
     toy3d.main()
     for name in ("fig2a", "fig2b", "fig2c", "fig5"):
         for kind in ("png", "pdf"):
@@ -359,8 +364,8 @@ def test_seeds_repeat_and_differ():
 
 
 def test_regulariser_in_the_last_steps_on_a_share(monkeypatch):
-    """late-adv: of 10 steps the last 3, on a quarter of each network's rows, from half the rate; adv:
-    always, on all. The first phase is plain DDPM's, kept or trained anew."""
+    """late-adv: of 10 steps the last 3, on a quarter of each network's rows, from half the rate;
+    adv: always, on all. The first phase is plain DDPM's, kept or trained anew."""
     args = argparse.Namespace(
         seed=0, steps=10, points=60, share=0.2, lam=0.3, omega=2.0, gamma=8 / 255, reg_last=0.3,
         reg_share=0.25, device="cpu",

@@ -25,15 +25,16 @@ from data import CorruptedImages, Order, load_images
 from unet import UNet
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = "--model tiny --image-size 8 --data synthetic:64 --batch-size 8 --device cpu --sample-every 0 --log-every 1"
-SMALL = [*SMALL.split(), "--amp", "fp32"]
+SMALL = "--model tiny --image-size 8 --data synthetic:64 --batch-size 8 --device cpu".split()
+SMALL += "--sample-every 0 --log-every 1 --amp fp32".split()
 NOISY = "--p 0.9 --sigma 0.2".split()
 ADV = "--robust adv --reg-last 1 --reg-share 1 --reg-from 0".split()  # Eq. 10 as P1 prints it
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Bitwise equality holds for equal thread counts; torchrun gives its processes one thread each."""
+    """Bitwise equality holds for equal thread counts; torchrun gives its processes one
+    thread each."""
     os.environ["OMP_NUM_THREADS"] = "1"
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     threads = torch.get_num_threads()
@@ -149,7 +150,8 @@ def test_sigterm_saves_and_exits_cleanly(checkpoint, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stop", [3, 5, 8])
 def test_resume_in_either_phase_equals_uninterrupted(stop, tmp_path, monkeypatch):
-    """Plain DDPM up to step 5 of 10, then the regulariser on a quarter of the rows; stopped before, at and after the change."""
+    """Plain DDPM up to step 5 of 10, then the regulariser on a quarter of the rows; stopped before,
+    at and after the change."""
     late = "--robust adv --reg-last 0.5 --reg-share 0.25".split()
     args = [*SMALL, *NOISY, *late, "--iters", 10, "--warmup", 2]
     assert call(train, *args, "--out", tmp_path / "whole") == 0
@@ -211,7 +213,8 @@ def test_a_setting_that_a_checkpoint_lacks_is_not_guessed(checkpoint, tmp_path, 
 
 
 def test_resume_across_memory_layouts(tmp_path):
-    """Fused Adam walks over weights and moments in memory order: moments saved in another layout are laid out anew."""
+    """Fused Adam walks over weights and moments in memory order: moments saved in another layout
+    are laid out anew."""
     args = train.parse_args([*SMALL, "--warmup", "0", "--lr", "1e-2"])
     torch.manual_seed(0)
     net = training.UNet(**train.PRESETS["tiny"])
@@ -245,7 +248,8 @@ def test_resume_across_memory_layouts(tmp_path):
 
 
 def test_two_processes_and_accumulation_equal_one_process(tmp_path):
-    """Sums are taken in another order, and Adam divides gradients near 0 by their own size: hence the small --lr."""
+    """Sums are taken in another order, and Adam divides gradients near 0 by their own size: hence
+    the small --lr."""
     args = [
         *SMALL,
         *NOISY,
@@ -394,7 +398,8 @@ def test_init_starts_from_the_ema_weights(checkpoint, tmp_path):
 
 
 def test_compiled_attack_and_loss_equal_eager(tmp_path):
-    """The frozen-weight graph of the attack and the training graph are two compilations of one module."""
+    """The frozen-weight graph of the attack and the training graph are two compilations of one
+    module."""
     import losses
     from unet import PRESETS, UNet
 
@@ -597,7 +602,8 @@ def test_rivals_resume_bit_for_bit(name, tmp_path, capsys, no_pictures):
 
 
 def test_rivals_on_clean_data(tmp_path, no_pictures):
-    """Ambient training and --drop-noisy find no noise and are DDPM, bit for bit, on a folder of images as well."""
+    """Ambient training and --drop-noisy find no noise and are DDPM, bit for bit, on a folder of
+    images as well."""
     from PIL import Image
 
     from data import synthetic_butterflies
@@ -656,7 +662,8 @@ def test_train_refuses_senseless_rivals(capsys, tmp_path):
 
 
 def test_draw_numbers_have_their_distributions():
-    """t uniform on 0..T-1, beta on [0.5, 2], u on [-1, 1], eps standard normal, half the images mirrored; new in each step."""
+    """t uniform on 0..T-1, beta on [0.5, 2], u on [-1, 1], eps standard normal, half the images
+    mirrored; new in each step."""
     g, n = torch.Generator(), 4000
     flip, t, beta, eps, u = train.draw_numbers(g, 5, 7, 1000, n, 8).values()
     assert abs(flip.double().mean() - 0.5) < 0.04 and t.min() >= 0 and t.max() <= 999
@@ -684,7 +691,8 @@ def test_draw_numbers_have_their_distributions():
 
 
 def test_no_flip_mirrors_nothing(tmp_path, monkeypatch, no_pictures):
-    """The batch is then what the set gives without flips; by default about half of it is mirrored."""
+    """The batch is then what the set gives without flips; by default about half of it is
+    mirrored."""
     batches, real = {}, train.ddpm_loss
     for flag in ("--flip", "--no-flip"):
         monkeypatch.setattr(
@@ -728,7 +736,8 @@ def test_no_flip_mirrors_nothing(tmp_path, monkeypatch, no_pictures):
     ],
 )
 def test_update_is_adam_with_warmup_clipping_and_a_ramped_average(flags, beta1, shrink, ramp):
-    """Three steps on eps_theta = w x_t, two of them clipped, against Adam (Kingma & Ba, Alg. 1) written out.
+    """Three steps on eps_theta = w x_t, two of them clipped, against Adam (Kingma & Ba, Alg. 1)
+    written out.
 
     AdamW first shrinks the weights by lr weight_decay (Loshchilov & Hutter, 2019, Alg. 2).
     """
@@ -783,7 +792,8 @@ def test_update_is_adam_with_warmup_clipping_and_a_ramped_average(flags, beta1, 
 
 @pytest.mark.parametrize("method", ["none", "adv"])
 def test_bf16_update_is_autocast(method):
-    """Weights cast once per step give the gradients and steps of autocast, which casts them at every call; two parts."""
+    """Weights cast once per step give the gradients and steps of autocast, which casts them at
+    every call; two parts."""
     torch.manual_seed(0)
     net = UNet(channels=(32, 32), attention=(False, True), blocks=1, dropout=0.0)
     torch.nn.init.normal_(net.conv_out.weight, std=0.1)
@@ -940,15 +950,17 @@ def test_addt_resumes_bit_for_bit_and_needs_its_classifier(
 
 
 class Waits(TorchDispatchMode):
-    """Notes in `found` each operator that makes the host wait for a GPU: one that reads a value, whose output has a size that
-    depends on values, that takes a mask as index, or that makes a tensor of Python's numbers (a copy of pageable memory).
+    """Notes in `found` each operator that makes the host wait for a GPU: one that reads a value,
+    whose output has a size that depends on values, that takes a mask as index, or that makes a
+    tensor of Python's numbers (a copy of pageable memory).
 
-    It sees no calls from within kernels. There is one on a CPU, where fused Adam reads its step counters.
+    It sees no calls from within kernels. There is one on a CPU, where fused Adam reads its step
+    counters.
     """
 
     NAMES = (
-        "_local_scalar_dense is_nonzero equal nonzero masked_select _unique2 unique_dim unique_consecutive "
-        "lift_fresh"
+        "_local_scalar_dense is_nonzero equal nonzero masked_select _unique2 unique_dim "
+        "unique_consecutive lift_fresh"
     ).split()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -978,7 +990,8 @@ class Waits(TorchDispatchMode):
 def test_step_never_waits_for_the_device(
     flags, checkpoint, classifiers, tmp_path, monkeypatch, no_pictures
 ):
-    """From the first draw of a run to its last: two whole rounds of the loop, the draws, the update and what is logged."""
+    """From the first draw of a run to its last: two whole rounds of the loop, the draws, the update
+    and what is logged."""
     waits, starts, draw_numbers = Waits(), [], train.draw_numbers
     waits.found = found = []
     monkeypatch.setattr(

@@ -74,7 +74,7 @@ def agree(net, ref, size=32, atol=1e-5):
     return (net(x, t) - expected).abs().max() < atol
 
 
-# diffusers -----------------------------------------------------------------------------------------------------------
+# diffusers ----------------------------------------------------------------------------------------
 
 
 def test_parity_with_diffusers():
@@ -100,7 +100,8 @@ def test_from_diffusers_folder(safe, tmp_path):
 
 @pytest.mark.parametrize("attention", [(False, True, False), (True, False, True)])
 def test_to_diffusers_folder(attention, tmp_path):
-    """The pipeline opens it and samples; its network is ours, and reading it back gives our weights."""
+    """The pipeline opens it and samples; its network is ours, and reading it back gives our
+    weights."""
     diffusers = pytest.importorskip("diffusers")
     net = random_net(channels=(32, 32, 64), attention=attention, blocks=2)
     net.to_diffusers(tmp_path, image_size=16)
@@ -203,11 +204,12 @@ def test_refuses_what_is_no_diffusers_folder(tmp_path):
         UNet.from_diffusers({"weight": torch.zeros(3)})
 
 
-# the network ---------------------------------------------------------------------------------------------------------
+# the network --------------------------------------------------------------------------------------
 
 
 def test_dropout_by_keys():
-    """The share p is dropped, the rest enlarged; other rows, layers and keys drop others, as independent draws would."""
+    """The share p is dropped, the rest enlarged; other rows, layers and keys drop others, as
+    independent draws would."""
     x, keys = torch.ones(2000, 4, 3, 3), torch.arange(2000) * 7 + 123456789
     layers = [Dropout(0.3), Dropout(0.3)]
     layers[1].number = 1
@@ -232,7 +234,8 @@ def test_dropout_by_keys():
 
 
 def test_one_dropout_mask_for_all_forwards_of_a_step():
-    """With mask_keys the net is a function: over B rows, over the first of them, and over both at once ("ran")."""
+    """With mask_keys the net is a function: over B rows, over the first of them, and over both at
+    once ("ran")."""
     net = random_net(**dict(PRESETS["tiny"], dropout=0.3)).train()
     x = torch.randn(6, 3, 8, 8)
     t = torch.arange(6) * 150
@@ -287,7 +290,8 @@ def test_channels_last_is_the_same():
 
 
 def test_bf16_attention_is_the_same():
-    """The CPU's own formula for bf16 against PyTorch's attention in float64; scores of about +-2 make the scale matter."""
+    """The CPU's own formula for bf16 against PyTorch's attention in float64; scores of about +-2
+    make the scale matter."""
     torch.manual_seed(0)
     attn, x = Attention(64, 8), torch.randn(2, 64, 6, 6)
     torch.nn.init.normal_(attn.out.weight, std=0.2)
@@ -315,8 +319,8 @@ def test_compiles_without_a_break():
 
 
 def test_no_gradient_is_given_twice():
-    """A compiled backward merges equal results, and Inductor returns slices of them in the same memory: clipping in place
-    would scale the gradients twice."""
+    """A compiled backward merges equal results, and Inductor returns slices of them in the same
+    memory: clipping in place would scale the gradients twice."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
@@ -359,7 +363,7 @@ def test_size_must_halve():
             net(torch.zeros(1, 3, *shape), torch.zeros(1, dtype=torch.long))
 
 
-# checkpoints ---------------------------------------------------------------------------------------------------------
+# checkpoints --------------------------------------------------------------------------------------
 
 
 def tiny_checkpoint():

@@ -52,7 +52,9 @@ def points_of(label, sampler, records):
     for seed in range(3):
         for steps in (2000, 6000, 10_000, 20_000):
             long = f"{steps:,} steps, {short}-s{seed}, {sampler}"
-            record = records.get(f"{words.format(steps)}, seed {seed}, {sampler}", records.get(long))
+            record = records.get(f"{words.format(steps)}, seed {seed}, {sampler}") or records.get(
+                long
+            )
             if record:
                 points.append((steps, distance(record)))
     return points
