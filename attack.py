@@ -199,6 +199,7 @@ def main():
         runs += [(share, "adversarial", settings) for settings in attacks(args)]
         runs += [(share, "random", {})]
     record, pictures = {}, {}
+    references = {None: None}  # of a set: what --fid compares with
     total = len(range(args.n)[rank::world]) * len(runs) * len(models)
     label = f"attack {args.sampler} {args.n_steps} steps"
     with tqdm(total=total, desc=label, unit="img", disable=rank > 0) as bar:
@@ -207,15 +208,14 @@ def main():
             images, counts = attacked_samples(model, size, runs, args, options, where, bar)
             pictures[name] = torch.from_numpy(images[:, :10]).permute(0, 1, 4, 2, 3) / 255
             record[name] = []
-            reference = None
-            if scorer:
-                data = sample.reference_name(args, trained)
-                reference = sample.reference_of(data, size, args, scorer, device)
+            data = sample.reference_name(args, trained) if scorer else None
+            if data not in references:
+                references[data] = sample.reference_of(data, size, args, scorer, device)
             for k, (share, kind, settings) in enumerate(runs if rank == 0 else []):
                 of_run = {key: values[k] for key, values in counts.items()}
                 steps = len(attacked_steps(args.n_steps, share))
                 numbers = dict(share=share, kind=kind, attacked_steps=steps) | settings
-                numbers |= score(images[k], of_run, kind, args, scorer, reference, device)
+                numbers |= score(images[k], of_run, kind, args, scorer, references[data], device)
                 record[name].append(numbers)
                 for line in numbers.get("checks", {}).get("violated", []):
                     which = f"{name}, {describe(settings)}, {share:.0%} of the steps"

@@ -227,7 +227,7 @@ def parse_args():
 def main():
     args = parse_args()
     started = time.time()
-    device, _, _ = setup(args.device)
+    device, _, _ = setup(args.device, compiled=args.compile)
     precision(device, args.amp)  # refuses what this device has not
     training.fill(args, compile=device.type == "cuda")
     args.backend = "inductor" if args.compile else None

@@ -1,4 +1,4 @@
-"""Butterflies on a known 25-dimensional subspace: does the model learn the images or their noise?
+r"""Butterflies on a known 25-dimensional subspace: does the model learn the images or their noise?
 
     python butterflies_pca.py                               # built-in, 8x8: half an hour on a CPU
     python butterflies_pca.py --data folder:PATH --seeds 2  # the same on your images

@@ -50,12 +50,12 @@ def image_noise(seed, index, stream, shape):
 
 @functools.cache
 def noise_on(kind):
-    """image_noise for a kind of device: on a GPU one fused kernel instead of a hundred. There seed
-    and stream should be tensors: of numbers each value would be compiled anew.
+    """image_noise for a kind of device: on a GPU one fused kernel instead of a hundred. There a
+    seed or a stream that changes should be a tensor: each number would be compiled anew.
     """
     if kind != "cuda":
         return image_noise
-    return torch.compile(image_noise, dynamic=False, fullgraph=True)
+    return torch.compile(image_noise, dynamic=False)
 
 
 def seed_at(seed, k, stream):

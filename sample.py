@@ -228,21 +228,23 @@ def reference_name(args, trained):
 def reference_of(data, size, args, scorer, device):
     """What `evaluate` compares with: the clean training images of `data`, measured once."""
     images, _ = load_images(data, size, root=args.data_root)
-    network, _, key = scorer
+    network, _, network_key = scorer
     cache = Path(args.data_root) / "cache"
-    mu, cov = metrics.reference_moments(network, key, images, cache, args.batch_size, device)
+    mu, cov = metrics.reference_moments(
+        network, network_key, images, cache, args.batch_size, device
+    )
     few = images[:: -(-len(images) // COMPARED)]
     real, _ = metrics.extract(network, few, args.batch_size, device)
     of_data = metrics.image_statistics(to_float(torch.from_numpy(np.array(few))))
     numbers = dict(n_reference=len(images))
-    for key, value in of_data.items():
-        numbers[f"data_{key}"] = value
+    for name, value in of_data.items():
+        numbers[f"data_{name}"] = value
     return SimpleNamespace(mu=mu, cov=cov, real=real, numbers=numbers)
 
 
 def evaluate(images, args, scorer, reference, device):
     """Fréchet distance, class score and diversity of uint8 images (n, S, S, 3) against the
-    reference of `reference_of`."""
+    reference of `reference_of`; diversity, whose numbers depend on n, of the first n_diversity."""
     network, name, _ = scorer
     features, logits = metrics.extract(network, images, args.batch_size, device)
     if not np.isfinite(features).all():
@@ -253,6 +255,7 @@ def evaluate(images, args, scorer, reference, device):
     numbers[score], numbers[f"{score}_std"] = metrics.inception_score(logits)
     if len(images) > 5 and len(reference.real) > 5:
         numbers |= metrics.diversity(reference.real, features[:COMPARED])
+        numbers["n_diversity"] = min(len(images), COMPARED)
     return numbers | reference.numbers
 
 

@@ -290,9 +290,9 @@ def train_step(state, args, step, batches, classifier=None):
 def main():
     args = parse_args()
     started = time.time()
-    device, rank, world = setup(args.device, True, args.compile)
     path = Path(args.out) / "ckpt.pt"
     ckpt = training.resume(args, path, regulariser_begins) if args.resume else None
+    device, rank, world = setup(args.device, True, args.compile)
     args.amp = runtime.amp_name(device, args.amp)  # a resumed run computes as it began
     training.check(args, world, OBJECTIVES)
     run = training.prepare_run(args, ckpt, device, rank, world)

@@ -392,7 +392,7 @@ import importlib, sys
 sys.path[:0] = [{folder!r}, {root!r}]
 import torch
 import rng
-from rng import image_noise, philox
+from rng import philox
 
 class Kernel:
     def __init__(self, name):

@@ -3,6 +3,7 @@ command."""
 
 import json
 import math
+import shutil
 
 import cli
 import numpy as np
@@ -551,6 +552,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(files, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(purify, "evaluate", watched)
     assert run(*argv, "--out", tmp_path / "parts") == 130
     assert not (tmp_path / "parts/metrics.json").exists()
+    shutil.copytree(tmp_path / "parts", tmp_path / "threes")
     assert run(*argv, "--out", tmp_path / "parts", "--resume") == 0
     assert seen == [[0, 1], [2, 3], [4], [0, 1], [2, 3], [2, 3], [4]]
     whole, parts = (torch.load(tmp_path / f / "rows-0.pt")["attacks"] for f in ("whole", "parts"))
@@ -564,7 +566,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(files, tmp_path, monkeypatch, capsys)
         for row in record["runs"]:
             del row["seconds"]
     assert records[0]["runs"] == records[1]["runs"]
-    assert run(*argv, "--batch-size", 3, "--out", tmp_path / "parts", "--resume") == 0
+    assert run(*argv, "--batch-size", 3, "--out", tmp_path / "threes", "--resume") == 0
+    assert seen[7:] == [[2, 3, 4]]
     assert run(*argv, "--eot", 2, "--out", tmp_path / "parts", "--resume") == 2
     assert "is of another --eot" in capsys.readouterr().err
 

@@ -178,7 +178,7 @@ def test_batched_draws_are_the_draws(knowledge, eot_batch):
 
 
 def test_noise_is_a_function_of_seed_image_draw_and_number():
-    """As data.image_noise gives it; also for a seed beyond 64 bits, of which the lower 64 count."""
+    """As rng.image_noise gives it; also for a seed beyond 64 bits, of which the lower 64 count."""
     x = images()
     for seed in (0, 3, 2**63 + 5, 2**70 + 3):
         want = image_noise(seed + (8 << 32), INDEX, 4, x.shape[1:]).double()

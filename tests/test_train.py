@@ -1082,3 +1082,19 @@ def test_a_share_of_whole_rows_in_decimals():
     training.check(train.parse_args([*SMALL, *flags]), 1, train.OBJECTIVES)
     with pytest.raises(ValueError, match="--reg-share 0.3: 30 rows"):
         training.check(train.parse_args([*SMALL, *flags[:-1], "0.3"]), 1, train.OBJECTIVES)
+
+
+def test_a_resumed_run_compiles_as_it_began(tmp_path, monkeypatch):
+    """Nothing, after --no-compile."""
+    seen = []
+
+    def watched(device, parallel, compiled):
+        seen.append(compiled)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: None)  # of this process
+    flags = [*SMALL, "--out", tmp_path / "o"]
+    assert call(train, *flags, "--iters", 1, "--no-compile") == 0
+    monkeypatch.setattr(train, "setup", watched)
+    assert call(train, "--out", tmp_path / "o", "--resume", "--iters", 2) == 2
+    assert seen == [False]

@@ -1,4 +1,4 @@
-"""curves.png, from metrics.json beside this file: `python results/recipe/plot.py`, at the top.
+"""curves.png, from metrics.json beside this file: python results/recipe/plot.py
 
 Left and middle: distance to the clean test images against the steps of training, one dot a seed.
 Right: what is left of the noise, and the distance, after 10,000 steps, one dot a method and seed.
@@ -21,6 +21,7 @@ NETWORKS = {  # prefix of a record at 10,000 steps: label, colour
     "t10": ("Robust_adv late, t ≥ 10", "#CC79A7"),
     "ran": ("Robust_ran late, t ≥ 5", "#56B4E9"),
     "drop-none": ("drop-noisy", "#0072B2"),
+    "drop-ran": ("drop-noisy, Robust_ran late", "#F0E442"),
     "drop-adv5": ("drop-noisy, Robust_adv late", "#009E73"),
     "ambient": ("ambient", "#999999"),
 }
@@ -51,12 +52,10 @@ def points_of(label, sampler, records):
                 points.append((4000, row["distance"]))
     for seed in range(3):
         for steps in (2000, 6000, 10_000, 20_000):
-            long = f"{steps:,} steps, {short}-s{seed}, {sampler}"
-            record = records.get(f"{words.format(steps)}, seed {seed}, {sampler}") or records.get(
-                long
-            )
-            if record:
-                points.append((steps, distance(record)))
+            names = f"{words.format(steps)}, seed {seed}", f"{steps:,} steps, {short}-s{seed}"
+            found = [f"{name}, {sampler}" for name in names if f"{name}, {sampler}" in records]
+            if found:
+                points.append((steps, distance(records[found[0]])))
     return points
 
 
