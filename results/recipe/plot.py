@@ -61,7 +61,7 @@ def points_of(label, sampler, records):
 
 def main():
     records = json.loads((HERE / "metrics.json").read_text())
-    fig, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    fig, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     for ax, (sampler, title) in zip(axes, SAMPLERS.items()):
         for label, (_, _, colour) in CURVES.items():
             points = points_of(label, sampler, records)
@@ -72,7 +72,8 @@ def main():
                 steps, [m / c for m, c in zip(means, counts)], color=colour, label=label, lw=1.4
             )
             ax.plot(*zip(*points), "o", color=colour, ms=4)
-        ax.set(title=title, xlabel="steps of training", ylabel="distance", ylim=(0, 6))
+        ax.set(title=title, xlabel="steps of training, thousands", ylabel="distance", ylim=(0, 6))
+        ax.set_xticks([2000, 4000, 6000, 10_000, 20_000], [2, 4, 6, 10, 20])
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     for prefix, (label, colour) in NETWORKS.items():
@@ -87,10 +88,11 @@ def main():
     noisy = records["noisy training images, 1,000 of them"]
     for record, text in ((clean, "clean images"), (noisy, "as trained on")):
         axes[2].plot(record["noise_level"], distance(record), "x", color="0.4")
-        axes[2].annotate(text, (record["noise_level"], distance(record)), fontsize=8)
+        at = record["noise_level"] + 0.003, distance(record) + 0.1
+        axes[2].annotate(text, at, fontsize=8)
     title = "10,000 steps; ● DDPM, ▲ DDIM"
-    axes[2].set(title=title, xlabel="noise left", ylabel="distance", ylim=(0, 6))
-    axes[2].legend(fontsize=8)
+    axes[2].set(title=title, xlabel="noise left", ylabel="distance", xlim=(0.02, 0.25), ylim=(0, 6))
+    axes[2].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     axes[2].grid(alpha=0.3)
     fig.savefig(HERE / "curves.png", dpi=110)
 
