@@ -134,7 +134,7 @@ def side_by_side(results, out, args):
     if training:
         clean = training[0][1]
         for _, x, numbers in rows[1:]:
-            numbers["from_clean"] = metrics.nearest_distance(x[:64], clean)  # of a sample: all
+            numbers["from_clean"] = metrics.nearest_distance(x[:64], clean)  # no more of any row
     outputs.write_table(out / "table.csv", [dict(name=name) | numbers for name, _, numbers in rows])
     print((out / "table.csv").read_text(), end="")
     draw_rows(rows, out / "side_by_side.png", min(32, args.n))

@@ -319,7 +319,8 @@ def rank_gaussian_map(delta, noise):
 
 
 def addt_weight(schedule, t, unit=0.03, high=0.3):
-    """lambda_t = clip(gamma_t unit, 0, high), gamma_t = sqrt(abar_t / (1 - abar_t))  (P2 Eq. 7)."""
+    """lambda_t = clip(gamma_t unit, 0, high), gamma_t = sqrt(abar_t / (1 - abar_t)) -> (B,) float64
+    (P2 Eq. 7)."""
     abar = schedule.at(schedule.alphas_bar, t)
     return ((abar / (1 - abar)).sqrt() * unit).clamp(0, high)
 
