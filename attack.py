@@ -181,7 +181,10 @@ def parse():
 def load(args, device, rank):
     """-> {folder of a checkpoint: (model, size, training settings)}, and the network of --fid."""
     names = sample.folder_names(args.ckpt)
-    models = {name: sample.load_model(path, args, device) for name, path in zip(names, args.ckpt)}
+    graphs = max(args.through) == 1  # a gradient through several steps needs the outputs of all
+    models = {
+        name: sample.load_model(path, args, device, graphs) for name, path in zip(names, args.ckpt)
+    }
     if not args.fid:
         return models, None
     sizes = sorted({size for _, size, _ in models.values()})
@@ -194,6 +197,8 @@ def main():
     started = time.time()
     args, options = parse()
     device, rank, world = where = runtime.setup(args.device, True, args.compile)
+    if args.amp == "fp32":
+        runtime.exact_float32()
     models, scorer = load(args, device, rank)
     out = outputs.claim(args.out) if rank == 0 else Path(args.out)
     runs = [(0.0, "none", {})]

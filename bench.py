@@ -42,7 +42,7 @@ METHODS = ["none", *(m for m, (_, flags, _) in train.OBJECTIVES.items() if "reg_
 def settings(method, amp="auto"):
     """train.py's own, without warm-up; the regulariser always and everywhere, as in P1."""
     flags = ["--robust", method, "--amp", amp, "--warmup", "0"]
-    return train.parse_args([*flags, *"--reg-last 1 --reg-share 1 --reg-from 0".split()])
+    return train.parse_args([*flags, "--paper"])
 
 
 def draws(data, B, device, dropout=0.0):

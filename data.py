@@ -17,6 +17,7 @@ import torch
 import torchvision
 
 from images import NAMES, load_images  # noqa: F401, part of this file's interface
+from losses import acting_rows
 from rng import image_uniform, noise_on, scramble, seed_at
 from synthetic import synthetic_butterflies
 
@@ -243,6 +244,10 @@ class Batches:
         size = self.data.shape[1]
         numbers = self.draw_numbers(self.generator, args.seed, step, self.T, B, size)
         flip = numbers.pop("flip")
+        # rows that Eq. 10's second term acts on come first, in each part alike, where their dropout
+        # masks also stand in its second forward; t is independent of all else
+        t = numbers["t"]
+        numbers["t"] = t[acting_rows(t, args.reg_from, args.reg_until)]
         batches = []
         for rows, (index, pixels) in zip(self.rows, loaded):
             batch = {name: value[rows] for name, value in numbers.items()}

@@ -235,10 +235,28 @@ def regulariser_weight(schedule, t, beta=1.0, lam=0.3, omega=2.0, gamma=8 / 255,
     return lam * math.sqrt(3) / ray
 
 
+def acting_rows(t, t_min, t_max):
+    """The order of a batch in which rows with t_min <= t < t_max come first -> (B,) int64."""
+    return ((t >= t_min) & (t < t_max)).int().argsort(descending=True, stable=True)
+
+
+def regularised_rows(t, share=1.0, t_min=0, t_max=math.inf):
+    """Which rows of a batch Eq. 10's second term is computed on -> rows (n,), weight (n,) float64.
+
+    n = round(share B), at least 1, and those first that act. The weight of others is 0; that of
+    these makes the mean over the n rows an unbiased estimate of the mean over the batch.
+    """
+    acts = (t >= t_min) & (t < t_max)
+    n = max(1, round(share * len(t)))
+    rows = acting_rows(t, t_min, t_max)[:n]
+    chosen = acts[rows].double()
+    return rows, chosen * (acts.double().mean() * n / chosen.sum().clamp(min=1))
+
+
 def robust_loss(
     model, schedule, x0, t, eps, perturb="adv", constraint="equivariance", lam=0.3, omega=2.0,
     gamma=8 / 255, ray_units="pixel", objective="eq8", detach=False, beta=None, u=None, share=1.0,
-    t_min=0,
+    t_min=0, t_max=math.inf,
 ):  # fmt: skip
     """L_AT = |eps(x_t) - eps|^2 + lambda_t |eps(x_t^adv) - eps(x_t) - delta|^2  (Eq. 10).
 
@@ -251,9 +269,9 @@ def robust_loss(
     detach      stops the gradient through eps(x_t) in the second term (ours; as printed it flows)
     beta, u     (B,) in [0.5, 2], and in [-1, 1] of x0's shape with delta_ran = r_beta u; by default
                 drawn from the global generator
-    share       q: the second term is the mean over the first round(q B) rows, at least one, which
-                is unbiased (ours). A step costs 1 + q (ran) or 1 + 5 q / 3 (adv) times one of DDPM
-    t_min       lambda_t is 0 below this step (ours: RESULTS.md, "Why from scratch fails")
+    share       q: the second term is computed on round(q B) rows, at least one, which is unbiased
+                (ours). A step costs 1 + q (ran) or 1 + 5 q / 3 (adv) times one of DDPM
+    t_min, t_max  lambda_t is 0 but for t_min <= t < t_max (ours: NOTES.md, "What it costs")
     parts       detached scalars: L_DM and L_reg, which sum to the loss; means of lambda_t, |delta|
     """
     if perturb not in ("ran", "adv"):
@@ -264,27 +282,29 @@ def robust_loss(
         raise ValueError(f"share={share}: the share of regularised rows must lie in (0, 1]")
     if beta is None:
         beta = torch.empty(len(t), device=t.device).uniform_(0.5, 2)
-    n = max(1, round(share * len(t)))  # rows of the second term
-    t_n = t[:n]
-    radius = perturbation_radius(schedule, t_n, beta[:n], omega, gamma)  # Eq. 7
-    lambda_t = regulariser_weight(schedule, t_n, beta[:n], lam, omega, gamma, ray_units)
-    lambda_t = lambda_t * (t_n >= t_min)
+    rows, weight = regularised_rows(t, share, t_min, t_max)
+    t_n = t[rows]
+    beta_n = beta[rows]
+    radius = perturbation_radius(schedule, t_n, beta_n, omega, gamma)  # Eq. 7
+    lambda_t = weight * regulariser_weight(schedule, t_n, beta_n, lam, omega, gamma, ray_units)
     s = like((1 - schedule.at(schedule.alphas_bar, t_n)).sqrt(), x0)
 
     x_t = schedule.q_sample(x0, t, eps)  # Eq. 2
-    x_n = x_t[:n]
-    delta = random_delta(x_n, radius) if u is None else like(radius, x0) * u[:n]
+    x_n = x_t[rows]
+    delta = random_delta(x_n, radius) if u is None else like(radius, x0) * u[rows]
     if perturb == "ran":  # one forward over both
         both = model(torch.cat([x_t, x_n + s * delta]), torch.cat([t, t_n])).to(x0.dtype)
-        eps_x, eps_adv = both.split([len(t), n])
+        eps_x, eps_adv = both.split([len(t), len(t_n)])
     else:  # the attack reuses the clean forward
         eps_x = model(x_t, t).to(x0.dtype)
         delta = adversarial_delta(  # Eq. 8
-            model, schedule, x_n, t_n, eps[:n], radius, delta, objective, eps_x[:n]
+            model, schedule, x_n, t_n, eps[rows], radius, delta, objective, eps_x[rows]
         )
         eps_adv = model(x_n + s * delta, t_n).to(x0.dtype)  # Eq. 6
 
-    target = eps_x[:n].detach() if detach else eps_x[:n]
+    target = eps_x.index_select(0, rows)
+    if detach:
+        target = target.detach()
     residual = eps_adv - target
     if constraint == "equivariance":
         residual = residual - delta

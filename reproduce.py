@@ -71,7 +71,7 @@ DDPM = ["--robust", "none"]
 LATE = ["--robust", "adv"]
 LATE_RAN = ["--robust", "ran"]
 # Eq. 10 in every step, on every row, at every t, as P1 prints it
-P1 = "--reg-last 1 --reg-share 1 --reg-from 0".split()
+P1 = ["--paper"]
 ADV = ["--robust", "adv", *P1]
 RAN = ["--robust", "ran", *P1]
 INVARIANT = ["--robust", "inv-adv", *P1]

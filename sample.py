@@ -114,9 +114,9 @@ def checkpoint_in(path):
     return inside if inside.is_file() else path
 
 
-def load_model(path, args, device):
+def load_model(path, args, device, graphs=True):
     """(model ready to sample, image size, training settings) of a checkpoint or a folder of
-    train.py or of diffusers.
+    train.py or of diffusers. graphs: CUDA graphs, whose outputs the next call overwrites.
     """
     path = checkpoint_in(path)
     if os.path.isdir(path):
@@ -134,7 +134,7 @@ def load_model(path, args, device):
     net = net.to(device, memory_format=layout(device, args.amp)).eval().cast(dtype)
     on_gpu = torch.device(device).type == "cuda"
     if args.compile or (args.compile is None and on_gpu):
-        net = torch.compile(net, mode="reduce-overhead" if on_gpu else None)  # CUDA graphs
+        net = torch.compile(net, mode="reduce-overhead" if on_gpu and graphs else None)
     return net, size, trained
 
 

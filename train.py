@@ -8,11 +8,12 @@
 The claim (P1): with 90 % of the training images noisy, plain DDPM learns to draw the noise; with
 the equivariance regulariser of Eq. 10 the same network on the same images draws clean ones. Here
 the regulariser acts in the last share --reg-last of the steps, on a share --reg-share of each
-batch, on t >= --reg-from; --reg-last 1 --reg-share 1 --reg-from 0 is the setting that P1 prints.
+batch, on --reg-from <= t < --reg-until; with --paper always and on all, as P1 prints it.
 
 Leaves --out/ckpt.pt (raw and EMA weights, optimizer, settings), metrics.jsonl, loss.png, grid.png
 and metrics.json. All randomness is a function of (--seed, step): a resumed run equals an
-uninterrupted one and, but for ADDT, 2 processes equal one.
+uninterrupted one. 2 processes equal one but for ADDT and steps in which more rows act than
+--reg-share holds.
 """
 
 import argparse
@@ -49,7 +50,8 @@ def regularised(perturb, constraint):
         settings = {name: getattr(args, name) for name in RAY}
         return robust_loss(
             model, schedule, x0, t, eps, perturb, constraint, objective=args.objective,
-            beta=beta, u=u, share=args.reg_share, t_min=args.reg_from, **settings,
+            beta=beta, u=u, share=args.reg_share, t_min=args.reg_from, t_max=args.reg_until,
+            **settings,
         )  # fmt: skip
 
     return objective
@@ -73,7 +75,7 @@ def addt(model, schedule, args, x0, t, eps, y=None, classifier=None, **_):
 
 
 RAY = "lam omega gamma ray_units detach".split()
-REGULARISER = [*RAY, "reg_last", "reg_share", "reg_from", "reg_lr"]
+REGULARISER = sorted({*RAY, *training.PAPER, "paper", "reg_lr"})
 ATTACK = [*REGULARISER, "objective"]
 ADDT = "classifier addt_guide addt_perturb addt_unit addt_max".split()
 OBJECTIVES = {  # --robust: (objective, the flags that it alone reads, what it is)
@@ -114,15 +116,17 @@ def parse_args(argv=None):
     kinds = "; ".join(f"{name}: {what}" for name, (_, _, what) in CORRUPTIONS.items())
     # the objective
     add("--robust", choices=OBJECTIVES, default="none", help=methods)
-    add("--lam", type=number, default=0.3, help="lambda, strength of the regulariser (Eq. 10)")
+    add("--lam", type=number, help="lambda of Eq. 10; default 0.6 (ours), with --paper 0.3")
     add("--omega", type=between(1), default=2.0, help="omega, exponent of the ray (Eq. 7)")
     add("--gamma", type=number, default=8 / 255, help="gamma, floor of the ray (Eq. 7)")
     add("--ray-units", choices=["pixel", "eps"], default="pixel", help="lambda_t's; pixel is ours")
     add("--objective", choices=["eq8", "ldm", "reg"], default="eq8", help="of delta_adv; reg: ours")
     add("--detach", action="store_true", help="no gradient through eps(x_t) in L_reg (ours)")
-    add("--reg-last", type=part, default=0.1, help="L_reg acts in the last share of the steps")
-    add("--reg-share", type=part, default=0.25, help="L_reg acts on this share of a batch")
-    add("--reg-from", type=between(0, 999, int), default=5, help="L_reg acts on t >= this (ours)")
+    add("--paper", action="store_true", help="L_reg always, on all rows and all t, as P1 prints it")
+    add("--reg-last", type=part, help="L_reg acts in the last share of the steps; default 0.1")
+    add("--reg-share", type=part, help="on this share of a batch; default 0.125 (ours)")
+    add("--reg-from", type=between(0, 999, int), help="on t >= this; default 5 (ours)")
+    add("--reg-until", type=between(1, 1000, int), help="on t < this; default 100 (ours)")
     add("--reg-lr", type=part, default=0.5, help="times --lr where L_reg follows plain DDPM (ours)")
     add("--drop-noisy", action="store_true", help="leave out images judged noisy (a rival, ours)")
     add("--noisy-above", type=number, default=0.08, help="noise at which an image is judged noisy")
@@ -255,7 +259,7 @@ def train_step(state, args, step, batches, classifier=None):
     lower_precision = state.weights[0] is not state.params[0]
     if lower_precision:  # cast once, for all forwards of the step
         with torch.no_grad():
-            torch._foreach_copy_(state.weights, state.params)
+            training.foreach(torch._foreach_copy_, state.weights, state.params)
     else:
         state.optimizer.zero_grad(set_to_none=True)
     logs = []
@@ -324,7 +328,7 @@ def main():
                 more = metrics.diagnose(state, probed, gains) if save_due else {}
                 line = log.flush(step, training.advice(path), **more)
                 bar.set_postfix(loss=f"{line['loss']:.4f}", img_s=f"{line['img_per_s']:.0f}")
-            if save_due:
+            if save_due or step == begin:  # also before what follows is compiled
                 training.save(path, step, state, args, run)
             if grid_due:
                 training.grid(step, state, args, run)

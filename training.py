@@ -27,6 +27,9 @@ EMA_RAMPS = {  # decay of the averaged weights after `step` steps, at most --ema
     "tenth": lambda step: (1 + step) / (10 + step),  # ours
     "power": lambda step: 1 - (1 + step) ** -0.75,  # P2's code
 }
+# how strongly, when, on which rows and at which t Eq. 10's second term acts: as P1 prints it, ours
+PAPER = dict(lam=0.3, reg_last=1.0, reg_share=1.0, reg_from=0, reg_until=1000)
+LATE = dict(lam=0.6, reg_last=0.1, reg_share=0.125, reg_from=5, reg_until=100)
 # --robust addt, as in P2's code, whose schedule of a constant rate ignores the warm-up of 500 steps
 # that it is given: so do we.
 ADDT = dict(lr=2e-4, warmup=0, optimizer="adamw", beta1=0.95, weight_decay=1e-6, ema_ramp="power")
@@ -37,6 +40,7 @@ def complete(args, recipe):
     """Fill in what was not given. recipe: of the network, see train.RECIPES."""
     if args.robust == "addt":
         fill(args, **ADDT, **({} if args.model in ("tiny", "mini") else ADDT_DDPM))
+    fill(args, **(PAPER if args.paper else LATE))
     fill(args, **recipe, optimizer="adam", beta1=0.9, ema_ramp="tenth")
     fill(args, weight_decay=0.01 if args.optimizer == "adamw" else 0.0)
     tenth = args.iters // 10
@@ -138,6 +142,18 @@ def judge(args, data, ckpt, device, world):
     return sigma_y
 
 
+def foreach(function, ours, theirs):
+    """function(ours, theirs), once for each pair of dtypes: on a GPU mixed lists are a kernel per
+    tensor."""
+    groups = {}
+    for a, b in zip(ours, theirs):
+        group = groups.setdefault((a.dtype, b.dtype), ([], []))
+        group[0].append(a)
+        group[1].append(b)
+    for a, b in groups.values():
+        function(a, b)
+
+
 def move_gradients(weights, params, first):
     """The gradients of the weights in lower precision become, or are added to, those of params."""
     for p in params:
@@ -145,10 +161,7 @@ def move_gradients(weights, params, first):
             p.grad = torch.empty_like(p)
     grads = [p.grad for p in params]
     lower = [weight.grad for weight in weights]
-    if first:
-        torch._foreach_copy_(grads, lower)
-    else:
-        torch._foreach_add_(grads, lower)
+    foreach(torch._foreach_copy_ if first else torch._foreach_add_, grads, lower)
     for weight in weights:
         weight.grad = None
 
@@ -172,6 +185,8 @@ def check(args, world, objectives):
         if alone and not replaced:
             raise ValueError(f"--p {args.p} {level}: corruption takes both, a share and a level")
     check_objective(args, objectives)
+    if args.reg_from >= args.reg_until:
+        raise ValueError(f"--reg-from {args.reg_from}: must lie below --reg-until {args.reg_until}")
     parts = f"{world} processes x --accum {args.accum}"
     if args.batch_size % (world * args.accum):
         raise ValueError(f"--batch-size {args.batch_size}: must divide by {parts}")
@@ -330,7 +345,7 @@ def describe(args, run, first, begin):
     if begin > 0:
         print(
             f"plain DDPM up to step {begin}, then the regulariser (--reg-last {args.reg_last}) "
-            f"on {args.reg_share:.0%} of the rows, at t >= {args.reg_from}"
+            f"on {args.reg_share:.0%} of the rows, at {args.reg_from} <= t < {args.reg_until}"
         )
     if run.sigma_y is not None:
         noisy = int((run.sigma_y > 0).sum())

@@ -67,7 +67,7 @@ def test_step_and_draws_are_those_of_train(tmp_path, smaller, monkeypatch):
     monkeypatch.setattr(training, "generate", generate)
     monkeypatch.setitem(PRESETS["tiny"], "dropout", 0.1)
     flags = """--model tiny --image-size 8 --data synthetic:64 --batch-size 4 --robust adv --p 0.9
-        --sigma 0.2 --iters 3 --reg-last 1 --reg-share 1 --reg-from 0 --lr 2e-4 --warmup 0
+        --sigma 0.2 --iters 3 --paper --lr 2e-4 --warmup 0
         --sample-every 0 --device cpu --amp fp32"""
     assert call(train, *flags.split(), "--out", tmp_path) == 0
     expected = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]

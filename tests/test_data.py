@@ -628,12 +628,21 @@ def test_no_dropout_mask_comes_back():
     args = SimpleNamespace(batch_size=8, accum=2, seed=3, dropout=0.1, flip=False, classifier=None)
     args.drop_noisy = False
     args.robust = "none"
+    args.reg_from, args.reg_until = 5, 100
     run = SimpleNamespace(data=data, sigma_y=None, device=torch.device("cpu"), rank=0, world=1)
 
     def numbers(generator, seed, step, T, B, size):
-        return dict(flip=torch.zeros(B, dtype=torch.bool))
+        g = torch.Generator().manual_seed(step)
+        return dict(flip=torch.zeros(B, dtype=torch.bool), t=torch.randint(200, (B,), generator=g))
 
     batches = Batches(args, run, numbers, 1000)
-    keys = torch.cat([part["keys"] for step in range(100) for part in batches(step)])
+    parts = [part for step in range(100) for part in batches(step)]
     batches.close()
+    keys = torch.cat([part["keys"] for part in parts])
     assert len(keys) == 800 and len(keys.unique()) == 800
+    for part in parts:  # rows that the regulariser acts on come first
+        acts = (part["t"] >= 5) & (part["t"] < 100)
+        assert acts[: acts.sum()].all()
+    for first, second in zip(parts[::2], parts[1::2]):  # and are spread over the parts
+        acts = [((part["t"] >= 5) & (part["t"] < 100)).sum() for part in (first, second)]
+        assert 0 <= acts[0] - acts[1] <= 1

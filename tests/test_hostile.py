@@ -140,6 +140,8 @@ TABLE = [
     (train, "--data synthetic:0", "synthetic:0"),
     (train, "--data synthetic:1000000000000", "synthetic:1000000000000"),
     (train, "--batch-size 1000000000", "--batch-size 1000000000"),
+    (train, "--robust adv --reg-from 100", "--reg-from 100: must lie below --reg-until 100"),
+    (train, "--paper", "--paper: has no effect with --robust none"),
     (train, "--ema nan", "--ema"),
     (sample, "--n 0", "--n 0"),
     (sample, "--n 1000000000000", "--n 1000000000000"),

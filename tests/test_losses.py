@@ -464,19 +464,20 @@ def test_eq10_gradient_is_finite_differences(perturb, constraint):
 
 @pytest.mark.parametrize("perturb", ["ran", "adv"])
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
-def test_eq10_share_is_unbiased(perturb, share):
+@pytest.mark.parametrize("steps", [dict(), dict(t_min=10, t_max=400)])
+def test_eq10_share_is_unbiased(perturb, share, steps):
     """On a share of the rows, the mean over all orders of the batch is the full term, and so are
-    its gradients."""
+    its gradients; also where two rows of four act, of which one, two, or these and another are
+    computed."""
     model = mlp()
-    x0, t, eps = batch(4)
-    t[0] = 20  # lambda_t large
+    x0, _, eps = batch(4)
+    t = torch.tensor([20, 5, 300, 800])  # lambda_t is large at 20
     beta, u = rand_like(t.double(), 0.5, 2), rand_like(x0)
 
     def loss_and_gradients(order, share):
         rows = [v[list(order)] for v in (x0, t, eps)]
-        loss, parts = robust_loss(
-            model, SCHEDULE, *rows, perturb, beta=beta[list(order)], u=u[list(order)], share=share
-        )
+        own = dict(beta=beta[list(order)], u=u[list(order)])
+        loss, parts = robust_loss(model, SCHEDULE, *rows, perturb, **own, **steps, share=share)
         return torch.cat(
             [
                 loss.detach()[None],
@@ -489,14 +490,18 @@ def test_eq10_share_is_unbiased(perturb, share):
     mean = torch.stack([loss_and_gradients(order, share) for order in orders]).mean(0)
     full = loss_and_gradients(orders[0], 1.0)
     torch.testing.assert_close(mean, full, rtol=1e-10, atol=1e-12)
-    assert not torch.allclose(
-        loss_and_gradients(orders[0], share), full, rtol=1e-3
-    )  # one order alone is another number
+    one = loss_and_gradients(orders[0], share)
+    if steps and share >= 0.5:  # all rows that act are computed, in any order
+        torch.testing.assert_close(one, full, rtol=1e-10, atol=1e-12)
+    else:
+        assert not torch.allclose(one, full, rtol=1e-3)  # one order alone is another number
 
 
 @pytest.mark.parametrize("perturb", ["ran", "adv"])
-def test_eq10_from_t_min_is_the_term_of_those_rows(perturb):
-    """Row by row: lambda_t is 0 below t_min, the rest is divided by all rows, and L_DM stays."""
+@pytest.mark.parametrize("share", [1, 0.5])
+def test_eq10_from_t_min_to_t_max_is_the_term_of_those_rows(perturb, share):
+    """Row by row: lambda_t is 0 outside t_min <= t < t_max, the rest is divided by all rows, and
+    L_DM stays. Half of the rows is enough, since those that act come first."""
     x0, eps, u = draw(6, 3, 4, 4), draw(6, 3, 4, 4), draw(6, 3, 4, 4).clamp(-1, 1)
     t = torch.tensor([0, 9, 10, 11, 500, 999])
     beta = torch.linspace(0.5, 2, 6, dtype=torch.float64)
@@ -510,8 +515,9 @@ def test_eq10_from_t_min_is_the_term_of_those_rows(perturb):
         return robust_loss(model, SCHEDULE, *batch, perturb, **own, **options)[1]
 
     single = [terms(slice(i, i + 1))["L_reg"].item() for i in range(6)]
-    found = terms(slice(0, 6), t_min=10)
-    assert found["L_reg"].item() == pytest.approx(sum(single[2:]) / 6, rel=1e-9)
+    found = terms(slice(0, 6), t_min=10, t_max=500, share=share)
+    assert found["L_reg"].item() == pytest.approx(sum(single[2:4]) / 6, rel=1e-9)
+    assert terms(slice(0, 6), t_min=12, t_max=500, share=share)["L_reg"] == 0
     assert torch.equal(found["L_DM"], terms(slice(0, 6))["L_DM"])
     assert terms(slice(0, 6))["L_reg"].item() == pytest.approx(sum(single) / 6, rel=1e-9)
 

@@ -68,7 +68,7 @@ def test_full_holds_what_the_tables_of_p1_need(tmp_path):
     memorised = [line for line in lines if "--n 50000" in line]
     assert len(memorised) == 2 and all(line.startswith("sample.py") for line in memorised)
     assert any("naive truncated" in line and " 500 " in line for line in lines)
-    for flag in ("--lam 0.1", "--lam 1 ", "inv-adv --reg-last 1 --reg-share 1 --reg-from 0 --seed"):
+    for flag in ("--lam 0.1", "--lam 1 ", "inv-adv --paper --seed"):
         assert any(flag in line for line in lines), flag
 
 

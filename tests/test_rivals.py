@@ -33,10 +33,7 @@ def test_commands_are_those_of_the_table(tmp_path):
     assert len(trained) == 2 + len(rivals.METHODS) * sum(1 + more for *_, more in rivals.FAULTS) + 2
     assert "--drop-noisy --p 0.9 --sigma 0.2 --model" in trained["drop-0.9-0.2-seed1"]
     assert "--seed 4 " in trained["drop-0.9-0.2-seed1"] and "--seed 3 " in trained["drop-0.9-0.2"]
-    assert (
-        "--robust adv --reg-last 1 --reg-share 1 --reg-from 0 --p 0.3 --corrupt outliers --model"
-        in trained["adv-0.3-outliers"]
-    )
+    assert "--robust adv --paper --p 0.3 --corrupt outliers --model" in trained["adv-0.3-outliers"]
     assert (
         "--robust huber --p 0.9 --sigma 0.05 --corrupt salt-pepper --model"
         in trained["huber-0.9-salt-pepper-0.05"]

@@ -158,22 +158,24 @@ def test_eq5_draws_its_own_noise():
 
 
 @pytest.mark.parametrize(
-    "ray_units, t_min, expected",
+    "ray_units, lam, t_min, t_max, expected",
     [
-        ("pixel", 0, (0.92, 0.87, 0.77, 0.44, 0.18)),
-        ("pixel", 5, (0.92, 0.88, 0.82, 0.65, 0.55)),
-        ("eps", 0, (0.92, 0.95, 0.95, 0.93, 0.89)),
+        ("pixel", 0.3, 0, 1000, (0.92, 0.87, 0.77, 0.44, 0.18)),
+        ("pixel", 0.3, 5, 1000, (0.92, 0.88, 0.82, 0.65, 0.55)),
+        ("pixel", 0.3, 5, 100, (1.00, 0.95, 0.86, 0.65, 0.55)),
+        ("pixel", 0.6, 5, 100, (0.99, 0.91, 0.75, 0.49, 0.45)),
+        ("eps", 0.3, 0, 1000, (0.92, 0.95, 0.95, 0.93, 0.89)),
     ],
 )
-def test_eq10_shrinks_gaussian_data(ray_units, t_min, expected):
+def test_eq10_shrinks_gaussian_data(ray_units, lam, t_min, t_max, expected):
     """NOTES.md: sampling with Eq. 10's minimiser for N(0, v), k = s (1 + c) / (abar v + s^2 (1 +
-    c)), c = 0 at t < t_min: std / sqrt(v) below 1."""
+    c)), c = 0 outside t_min <= t < t_max: std / sqrt(v) below 1."""
     for v, ratio in zip((100.0, 1.0, 0.25, 0.04, 0.01), expected):
 
         def k_eps(x, t, v=v):
             s2 = 1 - ABAR[t[0]]
             ray = s2 if ray_units == "pixel" else math.sqrt(s2)
-            c = 0.3 / math.sqrt(3) * (s2 + 1.25 * 8 / 255) / ray * (t[0] >= t_min)
+            c = lam / math.sqrt(3) * (s2 + 1.25 * 8 / 255) / ray * (t_min <= t[0] < t_max)
             return math.sqrt(s2) * (1 + c) / (ABAR[t[0]] * v + s2 * (1 + c)) * x
 
         def sample(x_T, noise, model=k_eps):

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--model tiny --image-size 8 --data synthetic:64 --batch-size 8 --device cpu".split()
 SMALL += "--sample-every 0 --log-every 1 --amp fp32".split()
 NOISY = "--p 0.9 --sigma 0.2".split()
-ADV = "--robust adv --reg-last 1 --reg-share 1 --reg-from 0".split()  # Eq. 10 as P1 prints it
+ADV = "--robust adv --paper".split()  # Eq. 10 as P1 prints it
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -202,6 +202,19 @@ def test_growing_iters_past_the_change_is_refused(tmp_path, capsys):
     assert call(train, *args) == 0
     assert call(train, "--resume", "--iters", 40, "--out", tmp_path, "--device", "cpu") == 2
     assert "began at step 2" in capsys.readouterr().err
+
+
+def test_paper_is_eq10_as_printed_and_flags_beside_it_count():
+    """At every step, on all rows, at all t; what the user types beside it stands."""
+    names = "lam reg_last reg_share reg_from reg_until".split()
+
+    def chosen(*flags):
+        args = train.parse_args(["--robust", "adv", *flags])
+        return [getattr(args, name) for name in names]
+
+    assert chosen("--paper") == [0.3, 1, 1, 0, 1000]
+    assert chosen() == [0.6, 0.1, 0.125, 5, 100]
+    assert chosen("--paper", "--reg-last", "0.2") == [0.3, 0.2, 1, 0, 1000]
 
 
 def test_a_setting_that_a_checkpoint_lacks_is_not_guessed(checkpoint, tmp_path, capsys):
@@ -797,7 +810,7 @@ def test_bf16_update_is_autocast(method):
     torch.manual_seed(0)
     net = UNet(channels=(32, 32), attention=(False, True), blocks=1, dropout=0.0)
     torch.nn.init.normal_(net.conv_out.weight, std=0.1)
-    paper = [] if method == "none" else "--reg-last 1 --reg-share 1 --reg-from 0".split()
+    paper = [] if method == "none" else ["--paper"]
     args = train.parse_args(
         [*f"--lr 0.01 --warmup 0 --clip-grad 0 --amp bf16 --robust {method}".split(), *paper]
     )

@@ -13,7 +13,7 @@ from cli import call
 
 import outputs
 import sample
-from losses import NoiseSchedule
+from losses import NoiseSchedule, acting_rows, robust_loss
 from runtime import load_checkpoint, save_checkpoint
 from unet import PRESETS, Attention, Dropout, UNet
 
@@ -249,6 +249,24 @@ def test_one_dropout_mask_for_all_forwards_of_a_step():
         torch.testing.assert_close(both, torch.cat([y, y[:2]]), rtol=1e-4, atol=1e-5)
         net.mask_keys = torch.arange(6) + 99
         assert not torch.allclose(net(x, t), y, atol=1e-3)
+
+
+def test_eq10_compares_two_forwards_with_one_mask():
+    """With delta = 0 the second term is 0, although its rows are not the first of the batch in t's
+    order: batches put them there, where the keys of both forwards agree."""
+    net = random_net(**dict(PRESETS["tiny"], dropout=0.3)).train()
+    net.mask_keys = torch.arange(8) + 5
+    x0 = torch.randn(8, 3, 8, 8)
+    drawn = torch.tensor([900, 50, 700, 3, 20, 300, 99, 400])
+
+    def term(t):
+        own = dict(beta=torch.ones(8), u=torch.zeros_like(x0), share=0.5, t_min=5, t_max=100)
+        loss = robust_loss(net, NoiseSchedule(), x0, t, x0.flip(0), "ran", gamma=1e-9, **own)
+        return loss[1]["L_reg"].item()
+
+    first = drawn[acting_rows(drawn, 5, 100)]
+    assert first.tolist() == [50, 20, 99, 900, 700, 3, 300, 400]
+    assert term(first) < 1e-8 < 1e-3 < term(drawn)
 
 
 def test_starts_at_zero():
