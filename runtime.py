@@ -77,12 +77,6 @@ def pick_gpu(device):
     return device
 
 
-def exact_float32():
-    """float32 from here on is not TF32, whose 10 bits round small perturbations away."""
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-
-
 def precision(device, amp):
     """--amp auto | bf16 | fp16 | fp32 -> dtype of the autocast."""
     name = amp_name(device, amp)
