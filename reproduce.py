@@ -67,7 +67,7 @@ NOISY = "--p 0.9 --sigma 0.2".split()
 MILD = "--p 0.9 --sigma 0.1".split()
 CLEAN = []
 DDPM = ["--robust", "none"]
-# this project's own: in the last steps, on a share of the rows, at t >= 5
+# this project's own: in the last steps, on a share of the rows, at 5 <= t < 100, lambda 0.6
 LATE = ["--robust", "adv"]
 LATE_RAN = ["--robust", "ran"]
 # Eq. 10 in every step, on every row, at every t, as P1 prints it

@@ -12,8 +12,8 @@ batch, on --reg-from <= t < --reg-until; with --paper always and on all, as P1 p
 
 Leaves --out/ckpt.pt (raw and EMA weights, optimizer, settings), metrics.jsonl, loss.png, grid.png
 and metrics.json. All randomness is a function of (--seed, step): a resumed run equals an
-uninterrupted one. 2 processes equal one but for ADDT and steps in which more rows act than
---reg-share holds.
+uninterrupted one. 2 processes, or --accum 2, equal one but for ADDT and steps in which more
+rows act than --reg-share holds.
 """
 
 import argparse
@@ -122,7 +122,11 @@ def parse_args(argv=None):
     add("--ray-units", choices=["pixel", "eps"], default="pixel", help="lambda_t's; pixel is ours")
     add("--objective", choices=["eq8", "ldm", "reg"], default="eq8", help="of delta_adv; reg: ours")
     add("--detach", action="store_true", help="no gradient through eps(x_t) in L_reg (ours)")
-    add("--paper", action="store_true", help="L_reg always, on all rows and all t, as P1 prints it")
+    add(
+        "--paper",
+        action="store_true",
+        help="L_reg as P1 prints it: always, all rows, all t, lambda 0.3",
+    )
     add("--reg-last", type=part, help="L_reg acts in the last share of the steps; default 0.1")
     add("--reg-share", type=part, help="on this share of a batch; default 0.125 (ours)")
     add("--reg-from", type=between(0, 999, int), help="on t >= this; default 5 (ours)")

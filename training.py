@@ -345,7 +345,7 @@ def describe(args, run, first, begin):
     if begin > 0:
         print(
             f"plain DDPM up to step {begin}, then the regulariser (--reg-last {args.reg_last}) "
-            f"on {args.reg_share:.0%} of the rows, at {args.reg_from} <= t < {args.reg_until}"
+            f"on {args.reg_share:.3g} of the rows, at {args.reg_from} <= t < {args.reg_until}"
         )
     if run.sigma_y is not None:
         noisy = int((run.sigma_y > 0).sum())

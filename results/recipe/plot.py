@@ -16,24 +16,25 @@ from outputs import plt  # noqa: E402
 SAMPLERS = {"ddpm": "100-step DDPM (Eq. 5)", "ddim": "50-step DDIM"}
 NETWORKS = {  # prefix of a record at 10,000 steps: label, colour
     "none": ("DDPM", "#000000"),
-    "late": ("Robust_adv late, t ≥ 0", "#E69F00"),
-    "t5": ("Robust_adv late, t ≥ 5", "#D55E00"),
-    "t10": ("Robust_adv late, t ≥ 10", "#CC79A7"),
-    "ran": ("Robust_ran late, t ≥ 5", "#56B4E9"),
+    "band": ("Robust_adv late", "#D55E00"),
+    "band-ran": ("Robust_ran late", "#56B4E9"),
+    "t5": ("Robust_adv late, t ≥ 5, λ .3", "#E69F00"),
+    "late": ("Robust_adv late, all t, λ .3", "#F0E442"),
+    "ran": ("Robust_ran late, t ≥ 5, λ .3", "#CC79A7"),
     "drop-none": ("drop-noisy", "#0072B2"),
-    "drop-ran": ("drop-noisy, Robust_ran late", "#F0E442"),
-    "drop-adv5": ("drop-noisy, Robust_adv late", "#009E73"),
+    "drop-band": ("drop-noisy, Robust_adv late", "#009E73"),
     "ambient": ("ambient", "#999999"),
 }
 CURVES = {  # of training length: the words of a record's name
     "DDPM": ("DDPM, {}", "none", "#000000"),
-    "Robust_adv late, t ≥ 0": ("late, {}", "late", "#E69F00"),
-    "Robust_adv late, t ≥ 5": ("late, t >= 5, {}", "t5", "#D55E00"),
+    "Robust_adv late": ("late, 5 <= t < 100, {}", "band", "#D55E00"),
+    "Robust_adv late, t ≥ 5, λ .3": ("late, t >= 5, {}", "t5", "#E69F00"),
+    "Robust_adv late, all t, λ .3": ("late, {}", "late", "#F0E442"),
     "Robust_adv from the first step": ("from scratch, {}", None, "#0072B2"),
 }
 EARLIER = {
     "DDPM": "ddpm",
-    "Robust_adv late, t ≥ 0": "late",
+    "Robust_adv late, all t, λ .3": "late",
     "Robust_adv from the first step": "scratch",
 }
 
