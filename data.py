@@ -198,7 +198,8 @@ class Batches:
     """batches(step) -> the batch of a step in the --accum parts of this process, dicts by name.
 
     Part i of n holds the rows i, i + n, i + 2 n, ..: the first rows of all parts together are the
-    first rows of the batch, at which draw() puts the t that Eq. 10's second term acts on. draw_numbers: see train.py.
+    first rows of the batch, at which draw() puts the t that Eq. 10's second term acts on.
+    draw_numbers: see train.py.
     """
 
     def __init__(self, args, run, draw_numbers, T):

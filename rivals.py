@@ -6,8 +6,8 @@
 The claim put to the test (P1): Robust_adv learns clean images from faulty ones and is told nothing
 about the fault. Nor are these: the pseudo-Huber loss, Ambient training with the noise estimated per
 image, and leaving out the images that are judged noisy. Robust_ran and Robust_adv come in P1's
-setting, in this project's (late, on an eighth of the rows, 5 <= t < 100) and together with leaving out.
-Eight faults of the training images, each fixed per image; every method has the same network,
+setting, in this project's (late, on an eighth of the rows, 5 <= t < 100) and together with leaving
+out. Eight faults of the training images, each fixed per image; every method has the same network,
 images, seeds and steps, those of `reproduce.py SIZE`, whose runs are used where they are the same.
 As there, what is done is skipped.
 
