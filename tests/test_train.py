@@ -993,7 +993,7 @@ class Waits(TorchDispatchMode):
     [
         "none --corrupt blur --p 0.9 --sigma 1",
         "ran --reg-last 1 --drop-noisy --p 0.5 --sigma 0.3",
-        "adv --reg-last 1 --accum 2 --p 0.9 --sigma 0.2",
+        "adv --reg-last 1 --reg-share 0.25 --accum 2 --p 0.9 --sigma 0.2",
         "inv-adv --reg-last 1 --corrupt patch --p 0.9 --sigma 0.5",
         "ambient --corrupt salt-pepper --p 0.9 --sigma 0.2",
         "huber --corrupt outliers --p 0.9",
