@@ -11,13 +11,14 @@ there to find out which of them shows it; in our runs `truncated`, at 100 and 50
 
 Leaves, for each sample, --out/NAME/ as sample.py leaves its --out, with NAME =
 FOLDER[-STEPS][-SPACING], the folder of the checkpoint and what else differs; and
---out/side_by_side.png and table.csv, whose first rows are the training images, clean and as trained
-on; with several numbers of steps also steps.md and steps.png. Image i is that of sample.py with the
-same flags.
+--out/side_by_side.png, table.csv and metrics.json, whose first rows are the training images, clean
+and as trained on; with several numbers of steps also steps.md and steps.png. Image i is that of
+sample.py with the same flags.
 """
 
 import argparse
 import itertools
+import time
 from pathlib import Path
 
 import torch
@@ -62,6 +63,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    started = time.time()
     out = Path(args.out)
     runs = {}
     for path, steps, spacing in itertools.product(args.ckpt, args.steps, args.spacing):
@@ -70,16 +72,19 @@ def main():
             what = f"--ckpt, --steps, --spacing: two samples would share {out}/{name}"
             raise ValueError(f"{what}; rename a checkpoint's folder, give no value twice")
         runs[name] = path, steps, spacing
+    device, _, _ = runtime.setup(args.device, True, args.compile)
     results = sample_and_score({out / name: run for name, run in runs.items()}, args)
     if not results:  # under torchrun the first process has them
         return
     side_by_side(results, out, args)
+    numbers = {run: results[out / name][1] for name, run in runs.items()}
     if len(args.steps) > 1:
-        numbers = {run: results[out / name][1] for name, run in runs.items()}
         methods = {}
         for name, (path, _, _) in runs.items():
             methods[folder_name(path)] = outputs.method_of(results[out / name][2])
         fewer_steps(numbers, outputs.styles(methods), out, args)
+    scores = {name: results[out / name][1] for name in runs}
+    outputs.write_metrics(out, started, seed=args.seed, device=device, n=args.n, samples=scores)
 
 
 def pictures(x, nrow):
@@ -96,20 +101,23 @@ def some_of(n, count):
 def training_rows(settings, size, args):
     """[(name, images (n, 3, size, size) in [-1, 1])] of the training images: clean, and as all the
     checkpoints saw them; [] where the set is not on this machine."""
-    name, p, sigma, seed, corrupt = settings[0]
+    trained_on, p, sigma, seed, corrupt, drop_noisy = settings[0]
+    name = args.data or trained_on or ""
     try:
-        clean, _ = load_images(args.data or name or "", size, root=args.data_root)
+        clean, _ = load_images(name, size, root=args.data_root)
         corrupt = corrupt or "gauss"
         data = CorruptedImages(clean, None, p or 0, sigma or 0, seed or 0, corrupt=corrupt)
     except ValueError:
         return []
     index = some_of(len(data), 2000)
-    rows = [("clean training images", data.clean(index))]
-    if p and len(set(settings)) == 1:
+    known = name == trained_on
+    rows = [("clean training images" if known else f"clean {name}", data.clean(index))]
+    if p and known and not drop_noisy and len(set(settings)) == 1:
         rows.append(("as trained on", data.batch(index)))
     return rows
 
 
+TRAINED_ON = "data p sigma seed corrupt drop_noisy".split()
 SHOWN = ("noise_level", "from_clean", "IS", "class_score", "recall")
 
 
@@ -124,7 +132,7 @@ def side_by_side(results, out, args):
     results: as of sample_and_score.
     """
     samples, _, trained = zip(*results.values())
-    settings = [tuple(t.get(k) for k in ("data", "p", "sigma", "seed", "corrupt")) for t in trained]
+    settings = [tuple(t.get(k) for k in TRAINED_ON) for t in trained]
     sets = {args.data or t.get("data") for t in trained}
     training = []
     if len(sets) == 1 and len({x.shape for x in samples}) == 1:

@@ -1,8 +1,8 @@
 """The training images: their corruption, fixed per image, and their order.
 
     images, labels = load_images("folder:cifar/train", image_size=16)  # (N, S, S, 3) uint8
-    data = CorruptedImages(images, labels, p=0.9, sigma=0.2, seed=0, device="cuda")
-    x0 = data.batch(index, flip=torch.rand(len(index)) < 0.5)          # (B, 3, S, S) in [-1, 1]
+    data = CorruptedImages(images, labels, p=0.9, sigma=0.2, seed=0)
+    x0 = data.batch(index, flip=torch.rand(len(index)) < 0.5)  # (B, 3, S, S) in [-1, 1]
 
 What fits lives on the training device, what does not (LSUN: 3 M images) streams from its file.
 Corruption is a function of (seed, image index) alone.
@@ -55,10 +55,12 @@ def patch(x0, data, index):
     S = x0.shape[-1]
     side = round(data.sigma * S)
     u = data.uniform(index, (5, 1, 1))
-    corner = ((S - side + 1) * u[:, 3:]).ceil().long() - 1  # each place alike, (B, 2, 1, 1)
-    pixel = torch.arange(S, device=x0.device)
-    rows, columns = ((pixel >= corner) & (pixel < corner + side)).split(1, dim=1)  # (B, 1, 1, S)
-    return torch.where(rows.mT & columns, 2 * u[:, :3] - 1, x0)
+    corner = ((S - side + 1) * u[:, 3:]).ceil().long() - 1  # each place alike
+    top, left = corner.split(1, dim=1)
+    x = torch.arange(S, device=x0.device)
+    y = x.view(-1, 1)
+    inside = (y >= top) & (y < top + side) & (x >= left) & (x < left + side)  # (B, 1, S, S)
+    return torch.where(inside, 2 * u[:, :3] - 1, x0)
 
 
 def butterfly(x0, data, index):
@@ -174,14 +176,14 @@ class Order:
         self.n = n
         self.seed = seed
         self.device = device
-        self.perms = {}
+        self.epoch = None
 
     def _perm(self, epoch):
-        if epoch not in self.perms:
+        if epoch != self.epoch:
             g = torch.Generator().manual_seed(seed_at(self.seed, epoch, stream=1))
-            self.perms = {e: p for e, p in self.perms.items() if e == epoch - 1}
-            self.perms[epoch] = torch.randperm(self.n, generator=g).to(self.device)
-        return self.perms[epoch]
+            self.perm = torch.randperm(self.n, generator=g).to(self.device)
+            self.epoch = epoch
+        return self.perm
 
     def __call__(self, first, count):
         """Indices at positions first .. first+count-1 -> (count,) int64."""

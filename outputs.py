@@ -289,8 +289,8 @@ METHOD_STYLE = {
     "inv-adv": ("#0072B2", "invariance"),
     "ambient": ("#009E73", "ambient"),
     "huber": ("#CC79A7", "Huber"),
-    "drop": ("#0072B2", "drop-noisy"),
-    "addt": ("#56B4E9", "ADDT"),
+    "drop": ("#999999", "drop-noisy"),
+    "addt": ("#882255", "ADDT"),
 }
 
 

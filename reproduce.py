@@ -22,7 +22,6 @@ import outputs
 import reproduce_purify
 import runtime
 from runner import add_arguments, check, finished, run_all
-from runtime import flag
 
 SIZES = {  # n images behind each number, made in `ddpm` or `ddim` steps
     "toy": dict(
@@ -184,7 +183,7 @@ def figures(args):
     if noisy:
         argv = ["compare.py", "--ckpt", *noisy, "--sampler", "ddpm", "--steps", str(size["ddpm"])]
         argv += ["--n", "64", "--no-png", *common, "--out", str(out / "samples")]
-        todo.append((out / "samples/side_by_side.png", argv))
+        todo.append((out / "samples/metrics.json", argv))
 
     argv = ["attack.py", *pair, *size["attack"], *score, *common, "--out", str(out / "attack")]
     todo.append((out / "attack/metrics.json", argv))
@@ -206,7 +205,7 @@ def figures(args):
 
     argv = ["compare.py", *pair, *size["steps"], "--spacing", "respaced", "naive", "truncated"]
     argv += [*score, "--no-png", *common, "--out", str(out / "steps")]
-    todo.append((out / "steps/steps.md", argv))
+    todo.append((out / "steps/metrics.json", argv))
     return todo
 
 
@@ -221,7 +220,7 @@ def first(args):
         todo.append((out / "metrics.json", [*argv, "--out", str(out)]))
     ckpts = [str(Path(args.out) / "networks" / name) for name in methods]
     argv = ["compare.py", "--ckpt", *ckpts, *FIRST_SAMPLES, *device, "--out", args.out]
-    return [*todo, (Path(args.out) / "side_by_side.png", argv)]
+    return [*todo, (Path(args.out) / "metrics.json", argv)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -293,8 +292,10 @@ def table(args):
 
 def other_sets(args):
     """-> rows of the table: P1's CelebA and LSUN, of `full` alone."""
+    if args.size != "full":
+        return []
     lines = []
-    for data, paper in OTHER_SETS.items() if args.size == "full" else ():
+    for data, paper in OTHER_SETS.items():
         for method, fid in zip(("none", "adv", "late"), (*paper, None)):
             name = f"{method}-{data}"
             path = Path(args.work) / name / "ddpm/metrics.json"
@@ -312,8 +313,9 @@ def footnote(args, records):
     n = {str(r["n"]) for (_, kind), r in records.items() if kind != "train"}
     hardware = {r["device"] for r in records.values()}
     return (
-        f"Size `{args.size}`, seed {args.seed}; {' or '.join(sorted(steps))} training steps; "
-        f"{', '.join(sorted(n))} samples per number; {'; '.join(sorted(hardware))}. "
+        f"Size `{args.size}`, training seed {args.seed}, samples of seed 0; "
+        f"{' or '.join(sorted(steps))} training steps; {', '.join(sorted(n))} samples per number; "
+        f"{'; '.join(sorted(hardware))}. "
         "The noise of the training images is in samples/table.csv."
     )
 
@@ -328,9 +330,8 @@ def parse_args():
     add("--out", help="default WORK/results")
     args = parser.parse_args()
     if args.size == "first":
-        for name in ("data", "test", "work", "skip", "inception_weights", "memorization_features"):
-            if getattr(args, name) != parser.get_default(name):
-                raise ValueError(f"{flag(name)}: has no effect with first")
+        names = "data data_root test work skip inception_weights memorization_features"
+        runtime.idle_flags(parser)(True, names, "with first")
         args.out = args.out or "first"
         return args
     check(args)

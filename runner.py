@@ -72,7 +72,7 @@ def finished(done, argv=None):
 def run(done, argv, deadline, first=True):
     """Runs a script to its end, or to the deadline; then it is asked to save and stop.
 
-    -> whether it ended.
+    first: it has had all of --minutes. -> whether it ended.
     """
     resumes = argv[0] in RESUMES and (done.parent / RESUMES[argv[0]]).exists()
     command = [sys.executable, str(HERE / argv[0]), *argv[1:]]
@@ -109,7 +109,7 @@ def end_with_parent():
 
 
 def run_all(todo, args):
-    """Runs what is not done -> whether all is done; --dry-run prints it.
+    """Runs what is not done -> True; --dry-run prints the list -> False.
 
     Raises Failed, exit code 1, when --minutes are over before that, so that `reproduce.py .. &&
     next` does not go on; ValueError before the first command, where the folder of one holds

@@ -38,7 +38,9 @@ def setup(device, parallel=False, compiled=None):
     if not re.fullmatch(r"cpu|cuda(:\d\d?)?", device):
         raise ValueError(f"--device {device}: need auto, cpu, cuda or cuda:N")
     device = torch.device(device)
-    rank, _, world = env_int("RANK", 0), env_int("LOCAL_RANK", 0), env_int("WORLD_SIZE", 1)
+    rank = env_int("RANK", 0)
+    world = env_int("WORLD_SIZE", 1)
+    env_int("LOCAL_RANK", 0)  # refused here if it is no number
     if rank >= world:
         raise ValueError(f"RANK={rank} WORLD_SIZE={world}: in the environment, but not of torchrun")
     if world > 1 and not parallel:
@@ -68,7 +70,7 @@ def pick_gpu(device):
     if not torch.cuda.is_available():
         raise ValueError(f"--device {device}: no CUDA GPU here; use --device cpu")
     if device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", env_int("LOCAL_RANK", 0))
     if device.index >= torch.cuda.device_count():
         raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} GPUs here")
     torch.cuda.set_device(device)
@@ -308,10 +310,9 @@ class Log:
         """scalars: {name: 0-dim tensor}, the same names until the next flush."""
         self.pending.append(scalars)
 
-    def flush(self, step, advice, **more):
-        """One host sync for many steps -> the line. Exits with `advice` where a loss or gradient is
-        not finite.
-        """
+    def flush(self, step, advice, more=dict):
+        """One host sync for many steps -> the line, with what more() adds. Raises Failed with
+        `advice` where a loss or gradient is not finite."""
         if not self.pending:
             return {}
         names = list(self.pending[0])
@@ -327,14 +328,13 @@ class Log:
         good = values.isfinite().all(1).tolist()
         if not all(good):
             first_bad = step - len(self.pending) + good.index(False) + 1
-            name = os.path.basename(sys.argv[0])
-            sys.exit(f"{name}: the loss or gradient of step {first_bad} is not finite; {advice}")
+            what = f"the loss or gradient of step {first_bad}"
+            raise outputs.Failed(f"{what} is not finite; {advice}")
         line = dict(step=step, **dict(zip(names, values.mean(0).tolist())))
-        line["img_per_s"] = (
-            len(self.pending) * self.batch_size / max(time.time() - self.start, 1e-9)
-        )
+        seconds = max(time.time() - self.start, 1e-9)
+        line["img_per_s"] = len(self.pending) * self.batch_size / seconds
         line["memory_gb"] = memory(self.device)
-        line |= more
+        line |= more()  # after the clock is read
         self.pending.clear()
         self.restart_clock()
         if self.rank == 0:

@@ -10,6 +10,7 @@ processes. Several samples at once: compare.py. The samplers themselves: sampler
 """
 
 import argparse
+import math
 import os
 import time
 from pathlib import Path
@@ -233,7 +234,7 @@ def reference_of(data, size, args, scorer, device):
     mu, cov = metrics.reference_moments(
         network, network_key, images, cache, args.batch_size, device
     )
-    few = images[:: -(-len(images) // COMPARED)]
+    few = images[:: math.ceil(len(images) / COMPARED)]
     real, _ = metrics.extract(network, few, args.batch_size, device)
     of_data = metrics.image_statistics(to_float(torch.from_numpy(np.array(few))))
     numbers = dict(n_reference=len(images))

@@ -18,6 +18,7 @@ rows act than --reg-share holds.
 
 import argparse
 import copy
+import functools
 import signal
 import sys
 import time
@@ -47,11 +48,11 @@ def ddpm(model, schedule, args, x0, t, eps, **_):
 
 def regularised(perturb, constraint):
     def objective(model, schedule, args, x0, t, eps, beta, u, **_):  # Eq. 10
-        settings = {name: getattr(args, name) for name in RAY}
         return robust_loss(
-            model, schedule, x0, t, eps, perturb, constraint, objective=args.objective,
-            beta=beta, u=u, share=args.reg_share, t_min=args.reg_from, t_max=args.reg_until,
-            **settings,
+            model, schedule, x0, t, eps, perturb, constraint, lam=args.lam, omega=args.omega,
+            gamma=args.gamma, ray_units=args.ray_units, objective=args.objective,
+            detach=args.detach, beta=beta, u=u, share=args.reg_share, t_min=args.reg_from,
+            t_max=args.reg_until,
         )  # fmt: skip
 
     return objective
@@ -74,8 +75,7 @@ def addt(model, schedule, args, x0, t, eps, y=None, classifier=None, **_):
     )  # fmt: skip
 
 
-RAY = "lam omega gamma ray_units detach".split()
-REGULARISER = sorted({*RAY, *training.PAPER, "paper", "reg_lr"})
+REGULARISER = [*training.PAPER, *"omega gamma ray_units detach paper reg_lr".split()]
 ATTACK = [*REGULARISER, "objective"]
 ADDT = "classifier addt_guide addt_perturb addt_unit addt_max".split()
 OBJECTIVES = {  # --robust: (objective, the flags that it alone reads, what it is)
@@ -153,8 +153,8 @@ def parse_args(argv=None):
     add("--model", choices=PRESETS, default="ddpm", help="ddpm: 35.7 M; mini, tiny: for a CPU")
     add("--init", metavar="PATH", help="start from a checkpoint's EMA weights or diffusers folder")
     add("--dropout", type=below_1, help="default ddpm 0.1, tiny, mini 0")
-    add("--iters", type=count, help="default ddpm 800000, ddpm64 500000, addt 19600, others 1200")
-    add("--batch-size", type=count, help="in all processes; default ddpm 128, addt 256, others 64")
+    add("--iters", type=count, help="default ddpm 800000, ddpm64 500000, others 1200; addt 19600")
+    add("--batch-size", type=count, help="in all processes; default 128, tiny, mini 64; addt 256")
     add("--accum", type=count, default=1, help="gradient accumulation steps within a batch")
     add("--lr", type=number, help="default ddpm 2e-4, tiny 5e-4, mini 1e-3; addt 2e-4")
     add("--warmup", type=steps, help="linear; default 5000, at most a tenth of --iters; addt 0")
@@ -310,9 +310,9 @@ def main():
     batches = Batches(args, run, draw_numbers, state.schedule.T)
     interrupt = runtime.Interrupt(world)
     fp16 = state.scaler.is_enabled()
-    log = runtime.Log(run.out / "metrics.jsonl", first, args.batch_size, device, rank, world, fp16)
     begin = regulariser_begins(args)
-    probed, gains = metrics.probe(run.data, args.seed)
+    diagnose = functools.partial(metrics.diagnose, state, *metrics.probe(run.data, args.seed))
+    log = runtime.Log(run.out / "metrics.jsonl", first, args.batch_size, device, rank, world, fp16)
     if rank == 0:
         training.describe(args, run, first, begin)
     step = first
@@ -329,8 +329,7 @@ def main():
             grid_due = args.sample_every and step % args.sample_every == 0 and step < args.iters
             if step % args.log_every == 0 or save_due or grid_due or step == begin:
                 # before saving: a checkpoint never holds the result of a non-finite loss
-                more = metrics.diagnose(state, probed, gains) if save_due else {}
-                line = log.flush(step, training.advice(path), **more)
+                line = log.flush(step, training.advice(path), diagnose if save_due else dict)
                 bar.set_postfix(loss=f"{line['loss']:.4f}", img_s=f"{line['img_per_s']:.0f}")
             if save_due or step == begin:  # also before what follows is compiled
                 training.save(path, step, state, args, run)

@@ -1,4 +1,4 @@
-"""What train.py needs and does not explain: checks, checkpoints, diagnostics, the record."""
+"""What train.py needs and does not explain: defaults, the data, checks, checkpoints, the record."""
 
 import copy
 import os
@@ -56,7 +56,7 @@ def fill(args, **defaults):
 
 
 # --------------------------------------------------------------------------------------------------
-# the network and the data
+# the network, the data, gradients in lower precision
 
 
 def build(args):
@@ -143,8 +143,7 @@ def judge(args, data, ckpt, device, world):
 
 
 def foreach(function, ours, theirs):
-    """function(ours, theirs), once for each pair of dtypes: on a GPU mixed lists are a kernel per
-    tensor."""
+    """function(ours, theirs) per pair of dtypes: a GPU runs a kernel per tensor of mixed lists."""
     groups = {}
     for a, b in zip(ours, theirs):
         group = groups.setdefault((a.dtype, b.dtype), ([], []))
@@ -181,8 +180,9 @@ def check(args, world, objectives):
     if not args.resume:
         if "corrupt" in args.given and "p" not in args.given:
             raise ValueError(f"--corrupt {args.corrupt}: corrupts nothing without --p")
-        alone = args.p > 0 and "sigma" not in args.given or args.sigma > 0 and "p" not in args.given
-        if alone and not replaced:
+        share_alone = args.p > 0 and "sigma" not in args.given
+        level_alone = args.sigma > 0 and "p" not in args.given
+        if (share_alone or level_alone) and not replaced:
             raise ValueError(f"--p {args.p} {level}: corruption takes both, a share and a level")
     check_objective(args, objectives)
     if args.reg_from >= args.reg_until:
@@ -200,7 +200,9 @@ def check(args, world, objectives):
 
 def check_objective(args, objectives):
     """Refuse flags that --robust does not read, and what ADDT and --drop-noisy cannot do."""
-    mine = objectives[args.robust][1] + ["noisy_above"] * args.drop_noisy
+    mine = list(objectives[args.robust][1])
+    if args.drop_noisy:
+        mine.append("noisy_above")
     for name in sorted(args.given):
         users = [method for method, (_, flags, _) in objectives.items() if name in flags]
         if users and name not in mine:
@@ -224,10 +226,9 @@ def check_objective(args, objectives):
 # --------------------------------------------------------------------------------------------------
 # checkpoints
 
-# what --resume may change; every other flag makes the run the run it is
 LEFT_OUT = "given out device resume overwrite init".split()  # of a checkpoint's settings
-FREE = """out resume overwrite init iters accum device compile save_every sample_every log_every
-          data_root""".split()
+# of the others, what --resume may change; the rest makes the run the run it is
+FREE = "iters accum compile save_every sample_every log_every data_root".split()
 
 
 def resume(args, path, regulariser_begins):
@@ -255,8 +256,8 @@ def resume(args, path, regulariser_begins):
     if begin != before and ckpt["step"] > min(before, begin):
         raise ValueError(
             f"--iters {args.iters}: the regulariser of {path} began at step {before} of "
-            f"{ckpt['args']['iters']}, which step {ckpt['step']} has passed; start another --out "
-            f"with --init {path}"
+            f"{ckpt['args']['iters']} and would now at {begin}, but step {ckpt['step']} is past "
+            f"the earlier of the two; start another --out with --init {path}"
         )
     return ckpt
 

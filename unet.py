@@ -64,8 +64,8 @@ def conv3x3(c_in, c_out, stride=1, padding=1):
 
 
 class Dropout(nn.Module):
-    """Dropout. Given keys (B,) int64, row i of the mask is a function of keys[i] and `number`, that
-    of the layer.
+    """Dropout. Given keys (B,) int64, row i of the mask is a function of keys[i] and `layer`, the
+    layer's number.
 
     Equal keys give equal masks, in every forward and on every device. Without keys it is torch's.
     """
@@ -73,14 +73,14 @@ class Dropout(nn.Module):
     def __init__(self, p):
         super().__init__()
         self.p = p
-        self.number = 0
+        self.layer = 0
 
     def forward(self, x, keys=None):
         if keys is None or self.p == 0 or not self.training:
             return F.dropout(x, self.p, self.training)
-        number = torch.arange(x[0].numel(), dtype=torch.int32, device=x.device)
-        row = scramble(scramble(keys.to(torch.int32)) ^ self.number).view(-1, 1, 1, 1)
-        random = scramble(number.view(x.shape[1:]) ^ row) ^ -(2**31)  # as if unsigned
+        element = torch.arange(x[0].numel(), dtype=torch.int32, device=x.device)
+        row = scramble(scramble(keys.to(torch.int32)) ^ self.layer).view(-1, 1, 1, 1)
+        random = scramble(element.view(x.shape[1:]) ^ row) ^ -(2**31)  # as if unsigned
         keep = random >= round(self.p * 2**32) - 2**31
         return x * keep.to(x.dtype) / (1 - self.p)
 
@@ -206,7 +206,7 @@ class UNet(nn.Module):
 
         self.mask_keys = None  # one dropout mask for all forwards of a step, see Dropout
         for i, block in enumerate(m for m in self.modules() if isinstance(m, Dropout)):
-            block.number = i
+            block.layer = i
 
         self.norm_out = nn.GroupNorm(groups, c0, eps=1e-6)
         self.conv_out = conv3x3(c0, in_channels * patch**2)
@@ -221,12 +221,13 @@ class UNet(nn.Module):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
         for m in self.modules():
+            if isinstance(m, ResBlock):
+                nn.init.zeros_(m.conv2.weight)
             if isinstance(m, Attention):
                 for w in m.qkv.weight.chunk(3):
                     nn.init.xavier_uniform_(w)
-            zero = {ResBlock: "conv2", Attention: "out", UNet: "conv_out"}.get(type(m))
-            if zero:
-                nn.init.zeros_(getattr(m, zero).weight)
+                nn.init.zeros_(m.out.weight)
+        nn.init.zeros_(self.conv_out.weight)
 
     def cast(self, dtype):
         """The parameters of convolutions and linear layers cast, once, as autocast would at every

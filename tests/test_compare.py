@@ -95,7 +95,7 @@ def test_as_trained_on_shows_the_share_of_faulty_images():
     args = argparse.Namespace(data=None, data_root="", n=6)
     for seed in (0, 1):
         (_, clean), (_, seen) = compare.training_rows(
-            [("synthetic:9000", 0.3, 0.2, seed, "gauss")] * 2, 8, args
+            [("synthetic:9000", 0.3, 0.2, seed, "gauss", False)] * 2, 8, args
         )
         assert (
             len(clean) == 2000
@@ -152,6 +152,9 @@ def test_tables_hold_the_numbers_of_the_records(compared):
     )
     assert not table and noisy > clean + 0.05
     assert (compared / "side_by_side.png").exists() and (compared / "steps.png").exists()
+    written = record(compared)
+    assert written["n"] == 6 and written["command"].startswith("python compare.py --ckpt")
+    assert written["samples"]["ddpm-3-naive"]["FID"] == record(compared / "ddpm-3-naive")["FID"]
 
 
 def test_samples_are_those_of_sample_py(compared, ckpts, tmp_path):
@@ -248,6 +251,21 @@ def test_samples_of_two_sizes_stand_side_by_side(tmp_path):
     compare.side_by_side(results, tmp_path, args)
     names = [line.split(",")[0] for line in (tmp_path / "table.csv").read_text().splitlines()]
     assert names == ["name", "8", "16"]
+
+
+@pytest.mark.parametrize(
+    "data, drop, names",
+    [
+        (None, False, ["clean training images", "as trained on"]),
+        ("synthetic:64", False, ["clean training images", "as trained on"]),
+        ("synthetic:32", False, ["clean synthetic:32"]),  # other images than it was trained on
+        (None, True, ["clean training images"]),  # --drop-noisy trained on some of them alone
+    ],
+)
+def test_training_rows_are_called_what_they_are(data, drop, names):
+    args = argparse.Namespace(data=data, data_root="data")
+    rows = compare.training_rows([("synthetic:64", 0.9, 0.2, 0, None, drop)], 8, args)
+    assert [name for name, _ in rows] == names
 
 
 def test_diversity_compares_no_more_than_its_limit(monkeypatch, tmp_path):

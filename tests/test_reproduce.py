@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from cli import call
 
 import reproduce
 import runner
@@ -184,6 +185,13 @@ def test_bad_input(monkeypatch, flags, message):
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *flags.split(), "--dry-run"])
     with pytest.raises(ValueError, match=message):
         reproduce.main()
+
+
+@pytest.mark.parametrize("flags", ["--data cifar10", "--data-root elsewhere", "--work w"])
+def test_first_refuses_what_it_does_not_read(flags, capsys):
+    """Also where it is the default of the other lists."""
+    assert call(reproduce, "first", *flags.split()) == 2
+    assert "has no effect with first" in capsys.readouterr().err
 
 
 def test_first_writes_each_folder_once(tmp_path):

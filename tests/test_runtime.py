@@ -16,12 +16,18 @@ def test_images_per_second_are_those_since_the_last_line(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime.time, "time", lambda: clock[0])
     log = runtime.Log(tmp_path / "a.jsonl", 0, batch_size=10, device=torch.device("cpu"))
     rates = []
+
+    def slow_diagnosis():
+        clock[0] += 100.0
+        return dict(found=1)
+
     for step in range(1, 10):
         clock[0] += 2.0
         log.add(dict(loss=torch.tensor(1.0)))
         if step % 3 == 0:
-            rates.append(log.flush(step, "")["img_per_s"])
-    assert rates == [5.0, 5.0, 5.0]
+            line = log.flush(step, "", slow_diagnosis)
+            rates.append(line["img_per_s"])
+    assert rates == [5.0, 5.0, 5.0] and line["found"] == 1
 
 
 @pytest.mark.parametrize("compiled", [None, False])

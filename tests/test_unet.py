@@ -212,7 +212,7 @@ def test_dropout_by_keys():
     independent draws would."""
     x, keys = torch.ones(2000, 4, 3, 3), torch.arange(2000) * 7 + 123456789
     layers = [Dropout(0.3), Dropout(0.3)]
-    layers[1].number = 1
+    layers[1].layer = 1
     masks = [layer(x, keys) for layer in layers] + [layers[0](x, keys + 2000 * 7)]
     assert set(masks[0].unique().tolist()) == {0.0, torch.tensor(1 / 0.7).item()}
     dropped = [(m == 0).double() for m in masks]
