@@ -202,6 +202,7 @@ class PurifiedClassifier(nn.Module):
             ts = purification_timesteps(t_star, nfe)
             self.pairs = list(zip(ts, ts[1:] + [-1]))
         self.real_t = getattr(model, "real_t", False)  # see samplers.edm_follow
+        self.t_min = getattr(model, "t_min", 0)
         if sampler in EDM:  # a network of integer t begins at a level of the schedule
             self.sigma_max = 0.5 if sigma_is_free and self.real_t else schedule.sigmas[t_star]
         self.model = model
@@ -258,7 +259,7 @@ class PurifiedClassifier(nn.Module):
         guidance.
         """
         if self.sampler in EDM:
-            settings = dict(EDM[self.sampler], clip=False, real_t=self.real_t)
+            settings = dict(EDM[self.sampler], clip=False, real_t=self.real_t, t_min=self.t_min)
             settings["noise"] = lambda i: noise(1 + 2 * i, x)
             start = x + self.sigma_max * noise(0, x)
             x_0 = edm_follow(self.eps, self.schedule, start, self.sigma_max, self.nfe, **settings)

@@ -51,7 +51,7 @@ SIZES = {
         attack="--n 1024 --batch-size 128 --eot-batch 2".split(),
         autoattack="--n 512 --batch-size 128 --eot-batch 2".split(),
         autoattack_eot=[],
-        nfe=(100, 50, 20, 10, 5),
+        nfe=(100, 50, 20, 10, 5, 2, 1),
         eot=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
         few="--n 128 --batch-size 128".split(),
         figures="--figures 512 --landscape 21".split(),
@@ -63,6 +63,7 @@ SIZES = {
 }
 BOTH_NORMS = "--norm linf l2".split()
 WHITE = "--knowledge white".split()
+SDE = ["--noise-removal"]  # as P2's code
 KNOWN = "--knowledge fwd both".split()
 ALL = "none ddpm ddim gdmp gdmp-mse gdmp-ssim coup vp-sde vp-sde-corrector edm-sde edm-ode".split()
 TUNED = {  # folder: flags of its fine-tuning
@@ -160,12 +161,12 @@ def commands(args):
     pair = ["ddpm", "addt"]
     tune(found, "addt")
     labels = ["Table 1", "Table 2", "Table 9", "Table 11"]
-    found.purify("methods", labels, pair, ALL, [*WHITE, *BOTH_NORMS])
+    found.purify("methods", labels, pair, ALL, [*WHITE, *BOTH_NORMS, *SDE])
     ours = ["Fig. 2", "Fig. 6", "Fig. 9"]
     found.purify("known", ours, pair, ["ddpm", "ddim"], KNOWN)
     once = [*size["attack"], "--eot", "1"]
     some = ["ddpm", "ddim", "gdmp-mse", "vp-sde"]
-    found.purify("eot-1", ["Table 1"], ["ddpm"], some, WHITE, attack=once)
+    found.purify("eot-1", ["Table 1"], ["ddpm"], some, [*WHITE, *SDE], attack=once)
     labels = ["Fig. 1", "Fig. 3", "Fig. 7", "Fig. 8"]
     three = ["--knowledge", "white", "both", size["semi"]]
     found.purify("figures", labels, pair, ["ddpm"], three, attack=[*size["few"], *size["figures"]])
@@ -191,13 +192,14 @@ def tune(
     """Fine-tune `start` with P2's recipe."""
     flags = TUNED[folder]
     argv = ["--robust", "addt", "--init", found.ckpt(start), *flags, *found.size["tune"], *more]
+    argv += ["--amp", "fp32"]  # as P2
     if "--addt-guide" not in flags:
         argv += ["--classifier", str(found.work / network / "classifier.pt")]
     found.train(prefix + folder, argv, data or found.args.data, model)
 
 
 def autoattack(found, pair):
-    flags = ["--attack", "aa-rand", *WHITE, *BOTH_NORMS]
+    flags = ["--attack", "aa-rand", *WHITE, *BOTH_NORMS, *SDE]
     three = ["ddpm", "ddim", "vp-sde"]
     labels = ["Table 13", "Table 14"]
     attack = found.size["autoattack"]

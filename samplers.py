@@ -140,31 +140,33 @@ def time_of(schedule, sigma):
     """The real t whose noise level is sigma: linear in log(1 + sigma^2) = -log abar between the
     schedule's steps.
 
-    So beta is constant within a step, and in this variable EDM's VP wrapper solves for t. Ours:
-    below the smallest level (.01 at t = 0) t is 0 and above the largest T - 1, since no network was
-    trained beyond them.
+    So beta is constant within a step, and in this variable EDM's VP wrapper solves for t. Below the
+    smallest level, .01 at t = 0, it falls to -1 at sigma = 0; above the largest it is T - 1.
     """
-    table = np.log1p(np.square(schedule.sigmas))
-    return float(np.interp(np.log1p(sigma**2), table, np.arange(schedule.T)))
+    table = np.log1p(np.square([0, *schedule.sigmas]))
+    return float(np.interp(np.log1p(sigma**2), table, np.arange(-1, schedule.T)))
 
 
 def from_denoiser(denoiser, schedule):
     """The eps-network of a denoiser D: (x_0 + sigma N(0, I), sigma (B,)) -> x_0, as EDM's are.
 
-    eps = (x - D(x; sigma)) / sigma at x = x_t / sqrt(abar_t), for integer and real t (see time_of).
+    eps = (x - D(x; sigma)) / sigma at x = x_t / sqrt(abar_t), for integer and real t > -1 (see
+    time_of).
     """
-    levels = torch.tensor(schedule.sigmas, dtype=torch.float64).square().log1p()  # -log abar
+    sigmas = torch.tensor([0, *schedule.sigmas], dtype=torch.float64)
+    levels = sigmas.square().log1p()  # -log abar at t + 1
 
     def model(x_t, t):
         table = levels.to(t.device)
-        t = t.double()
-        k = t.floor().long().clamp(max=len(table) - 2)
-        level = table[k] + (t - k) * (table[k + 1] - table[k])
+        i = t.double() + 1
+        k = i.floor().long().clamp(max=len(table) - 2)
+        level = table[k] + (i - k) * (table[k + 1] - table[k])
         sigma = level.expm1().sqrt()
         x = like((level / 2).exp(), x_t) * x_t
         return (x - denoiser(x, sigma.to(x.dtype))) / like(sigma, x)
 
     model.real_t = True
+    model.t_min = -1
     return model
 
 
@@ -250,7 +252,7 @@ def heun_follow(
 
 def edm_follow(
     model, schedule, x, sigma_max, steps=18, S_churn=0.0, S_min=0.0, S_max=float("inf"),
-    S_noise=1.0, clip=True, noise=None, compiled=False, real_t=None,
+    S_noise=1.0, clip=True, noise=None, compiled=False, real_t=None, t_min=None,
 ):  # fmt: skip
     """EDM's Algorithm 2 (Karras et al., 2022) on an eps-network, from x = x_0 + sigma_max N(0, I)
     -> x_0, with 2 steps - 1 network calls; keeps gradients.
@@ -258,18 +260,22 @@ def edm_follow(
     The network is called with x / sqrt(1 + sigma^2) and t = time_of(sigma). S_churn > 0 adds noise
     within [S_min, S_max]. real_t: whether the network takes real t; default: whether it says so, as
     UNet does. Other networks are called at the schedule's levels (see heun_levels) and integer t.
+    t_min: the smallest t that the network is asked for, in place of those below; default: what it
+    says (from_denoiser -1), else 0, since no network was trained below.
     """
     if not 0 <= S_churn < float("inf"):
         raise ValueError(f"--s-churn {S_churn}: must be finite and at least 0")
     if real_t is None:
         real_t = getattr(model, "real_t", False)
+    if t_min is None:
+        t_min = getattr(model, "t_min", 0)
     predict, correct = heun_predict, heun_correct
     if compiled:
         predict = torch.compile(heun_predict, dynamic=False)
         correct = torch.compile(heun_correct, dynamic=False)
 
     def eps(x, sigma):
-        t = time_of(schedule, sigma)
+        t = max(time_of(schedule, sigma), t_min)
         t = x.new_full((len(x),), t) if real_t else torch.full((len(x),), round(t), device=x.device)
         answer = model(x / (1 + sigma**2) ** 0.5, t)
         # a CUDA graph writes its next output over this one

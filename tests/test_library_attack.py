@@ -269,6 +269,23 @@ def test_command_with_autoattack(files, tmp_path):  # noqa: F811
     assert "AutoAttack's own" in (tmp_path / "table.md").read_text()
 
 
+def test_the_flags_reach_autoattack(files, tmp_path, monkeypatch):  # noqa: F811
+    seen, attack = [], library_attack.autoattack_rand
+
+    def watched(net, x, y, index, seed, knowledge, norm, eot, steps, evaluations, eot_batch):
+        seen.append((seed, knowledge, norm, eot, steps, evaluations, eot_batch))
+        return attack(net, x, y, index, seed, knowledge, norm, 1, 1, 1, 1)
+
+    monkeypatch.setattr(library_attack, "autoattack_rand", watched)
+    argv = ["--ckpt", files / "a/ckpt.pt", "--classifier", files / "classifier.pt", "--nfe", 1]
+    argv += "--data synthetic:64 --n 2 --attack aa-rand --purifier ddpm --device cpu".split()
+    argv += "--pgd 4 --eot 3 --eot-batch 2 --evaluations 5 --seed 7 --norm linf l2".split()
+    argv += ["--knowledge", "white"]
+    pytest.importorskip("pyautoattack")
+    assert cli.call(purify, *argv, "--out", tmp_path) == 0
+    assert seen == [(7, "white", norm, 3, 4, 5, 2) for norm in ("linf", "l2")]
+
+
 def test_autoattack_without_its_package(monkeypatch, capsys, files, tmp_path):  # noqa: F811
     monkeypatch.setitem(importlib.sys.modules, "pyautoattack", None)
     argv = ["--ckpt", files / "a/ckpt.pt", "--classifier", files / "classifier.pt", "--nfe", 1]

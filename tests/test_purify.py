@@ -533,6 +533,21 @@ def test_the_flags_reach_the_attack(files, tmp_path, monkeypatch):
     assert seen == [(norm, 2, eot, 2) for norm in ("linf", "l2") for eot in (3, 2)]
 
 
+@pytest.mark.parametrize("flag, removes", [([], False), (["--noise-removal"], True)])
+def test_noise_removal_reaches_the_purifier(files, tmp_path, monkeypatch, flag, removes):
+    seen, attack = [], purify.pgd
+
+    def watched(net, *rest):
+        seen.append(net.noise_removal)
+        return attack(net, *rest)
+
+    monkeypatch.setattr(purify, "pgd", watched)
+    common = "--data synthetic:64 --n 2 --nfe 1 --device cpu --purifier vp-sde --pgd 1 --eot 1"
+    paths = ["--ckpt", files / "a/ckpt.pt", "--classifier", files / "classifier.pt"]
+    assert run(*paths, *common.split(), *flag, "--out", tmp_path) == 0
+    assert set(seen) == {removes}
+
+
 def test_a_stopped_run_goes_on_bit_for_bit(files, tmp_path, monkeypatch, capsys):
     """Killed in the second batch of the second attack: what was done is not done again."""
     flags = (

@@ -601,7 +601,7 @@ def test_heun_levels():
 
 
 def test_time_of_a_noise_level():
-    """t of the schedule's levels, in between linear in log abar, and 0 below the smallest.
+    """t of the schedule's levels, in between linear in log abar, and -1 at sigma = 0.
 
     EDM's VP wrapper solves (beta_min + beta_d t / 2) t = log(1 + sigma^2) for t in [0, 1]; on a
     schedule whose abar is that function of t = (i + 1) / T it is the same.
@@ -610,7 +610,9 @@ def test_time_of_a_noise_level():
     np.testing.assert_allclose(ts, np.arange(1000), atol=1e-8)
     between = math.sqrt(1 / math.sqrt(ABAR[7] * ABAR[8]) - 1)
     assert time_of(SCHEDULE, between) == pytest.approx(7.5, abs=1e-9)
-    assert time_of(SCHEDULE, 0.002) == time_of(SCHEDULE, 0.0099) == 0.0
+    assert time_of(SCHEDULE, 0.0) == -1 and time_of(SCHEDULE, 200.0) == 999
+    below = time_of(SCHEDULE, 0.002)
+    assert below + 1 == pytest.approx(math.log1p(0.002**2) / -math.log(ABAR[0]), abs=1e-9)
     vp = NoiseSchedule()
     t = (torch.arange(1000, dtype=torch.float64) + 1) / 1000
     vp.alphas_bar = torch.exp(-(0.1 * t + 19.9 / 2 * t**2))
@@ -771,8 +773,31 @@ def test_eps_of_a_denoiser():
     t = torch.tensor([0, 100, 500, 999])
     abar = SCHEDULE.alphas_bar[t].view(-1, 1, 1, 1)
     torch.testing.assert_close(model(x, t), (1 - abar).sqrt() / (abar * v + 1 - abar) * x)
-    sigmas = [0.011, 0.5, 3.0, 80.0]
+    sigmas = [0.002, 0.0099, 0.011, 0.5, 3.0, 80.0]
     t = torch.tensor([time_of(SCHEDULE, sigma) for sigma in sigmas], dtype=torch.float64)
-    model(x, t)
+    model(torch.randn(6, 3, 2, 2, dtype=torch.float64), t)
     torch.testing.assert_close(asked[-1].tolist(), sigmas, rtol=1e-9, atol=0)
-    assert model.real_t
+
+
+def test_edm_asks_a_denoiser_down_to_its_smallest_level():
+    """.002, as EDM's own sampler; a network that begins at t = 0 is asked there instead."""
+    asked = []
+
+    def denoiser(x, sigma):
+        asked.append(sigma[0].item())
+        return x / (1 + sigma.view(-1, 1, 1, 1) ** 2)
+
+    def network(x, t):
+        times.append(t[0].item())
+        return x
+
+    x = torch.randn(1, 3, 2, 2, dtype=torch.float64)
+    edm_follow(from_denoiser(denoiser, SCHEDULE), SCHEDULE, x, 0.5, 10)
+    levels = heun_levels(SCHEDULE, 10, 0.5)
+    assert levels[-1] == pytest.approx(0.002) and levels[-2] < 0.01
+    each = sorted({round(sigma, 9) for sigma in asked}, reverse=True)
+    np.testing.assert_allclose(each, levels, atol=1e-8)
+    times = []
+    network.real_t = True
+    edm_follow(network, SCHEDULE, x, 0.5, 10)
+    assert min(times) == 0
