@@ -27,6 +27,7 @@ import runtime
 import weights
 from classifier import load_features
 from data import load_images, to_float
+from ddpmpp import DDPMpp
 from losses import NoiseSchedule
 from rng import image_noise
 from runtime import SEED, autocast, between, flag, layout, load_checkpoint, precision, setup
@@ -117,14 +118,18 @@ def checkpoint_in(path):
 
 def load_model(path, args, device, graphs=True):
     """(model ready to sample, image size, training settings) of a checkpoint or a folder of
-    train.py or of diffusers. graphs: CUDA graphs, whose outputs the next call overwrites.
+    train.py, of ddpmpp.py or of diffusers. graphs: CUDA graphs, whose outputs the next call
+    overwrites.
     """
     path = checkpoint_in(path)
     if os.path.isdir(path):
         net, size, trained = UNet.from_diffusers(path), weights.sample_size(path), {}
     else:
         ckpt = load_checkpoint(path)
-        net = UNet.load(ckpt, ema=not args.raw, name=path)
+        if ckpt.get("kind") == "ddpmpp":
+            net = weights.fitted(DDPMpp, ckpt, "ema", path)
+        else:
+            net = UNet.load(ckpt, ema=not args.raw, name=path)
         size = ckpt.get("image_size")
         trained = ckpt.get("args")
     if not (isinstance(size, int) and 4 <= size <= 4096 and isinstance(trained, dict)):

@@ -147,6 +147,16 @@ def time_of(schedule, sigma):
     return float(np.interp(np.log1p(sigma**2), table, np.arange(-1, schedule.T)))
 
 
+def level_of(levels, t):
+    """log(1 + sigma^2) at t (B,), integer or real > -1: the inverse of time_of -> (B,) float64.
+
+    levels: those of sigma = 0 and of the schedule's steps, (T + 1,) float64 on t's device.
+    """
+    i = t.double() + 1
+    k = i.floor().long().clamp(max=len(levels) - 2)
+    return levels[k] + (i - k) * (levels[k + 1] - levels[k])
+
+
 def from_denoiser(denoiser, schedule):
     """The eps-network of a denoiser D: (x_0 + sigma N(0, I), sigma (B,)) -> x_0, as EDM's are.
 
@@ -154,13 +164,10 @@ def from_denoiser(denoiser, schedule):
     time_of).
     """
     sigmas = torch.tensor([0, *schedule.sigmas], dtype=torch.float64)
-    levels = sigmas.square().log1p()  # -log abar at t + 1
+    levels = sigmas.square().log1p()
 
     def model(x_t, t):
-        table = levels.to(t.device)
-        i = t.double() + 1
-        k = i.floor().long().clamp(max=len(table) - 2)
-        level = table[k] + (i - k) * (table[k + 1] - table[k])
+        level = level_of(levels.to(t.device), t)
         sigma = level.expm1().sqrt()
         x = like((level / 2).exp(), x_t) * x_t
         return (x - denoiser(x, sigma.to(x.dtype))) / like(sigma, x)
