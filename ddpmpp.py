@@ -269,6 +269,10 @@ class Stub:
     def __setitem__(self, key, value):
         pass
 
+    def __setstate__(self, state):
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
 
 def load_storage(data):
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -312,7 +316,9 @@ def tensors_of(module, prefix=""):
 def read_edm(path):
     with open(path, "rb") as f:
         net = Tensors(f).load()["ema"]
-    return from_edm(tensors_of(net.model), net.class_name == "EDMPrecond", net.img_resolution)
+    return from_edm(
+        tensors_of(net._modules["model"]), net.class_name == "EDMPrecond", net.img_resolution
+    )
 
 
 def read_score_sde(path):

@@ -5,6 +5,7 @@ import pickle
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -283,13 +284,18 @@ def rebuild(meta):
     raise AssertionError("no code of the file may run")
 
 
-def as_modules(state):
-    """{name: tensor} as nested objects."""
+def as_modules(state, name=""):
+    """{name: tensor} as nested objects, torch's own containers among them."""
     own = {k: nn.Parameter(v, requires_grad=False) for k, v in state.items() if "." not in k}
+    buffers = {k: own.pop(k).data for k in list(own) if k == "resample_filter"}
     children = {}
-    for name, part in ddpmpp.grouped({k: v for k, v in state.items() if "." in k}).items():
-        children[name] = as_modules(part)
-    return Persistent("Layer", _parameters=own, _buffers={}, _modules=children, training=False)
+    for child, part in ddpmpp.grouped({k: v for k, v in state.items() if "." in k}).items():
+        children[child] = as_modules(part, child)
+    if name in ("enc", "dec"):
+        container = nn.ModuleDict()
+        container._modules = children
+        return container
+    return Persistent("Layer", _parameters=own, _buffers=buffers, _modules=children, bias=None)
 
 
 @pytest.fixture
@@ -303,8 +309,8 @@ def edm_file(tmp_path, monkeypatch):
     state = {k: v.float() for k, v in edm_weights(score_sde_weights()).items()}
     model = as_modules(state)
     net = Persistent(
-        "EDMPrecond", img_resolution=SIZE, sigma_data=0.5, _modules=dict(model=model),
-        _parameters={}, _buffers={}, model=model,
+        "EDMPrecond", img_resolution=SIZE, sigma_data=np.sqrt(0.25), _modules=dict(model=model),
+        _parameters={}, _buffers={},
     )  # fmt: skip
     path = tmp_path / "edm.pkl"
     path.write_bytes(pickle.dumps(dict(ema=net, other=types.SimpleNamespace(a=1))))
