@@ -138,7 +138,7 @@ def judge(args, data, ckpt, device, world):
     clean = int((sigma_y == 0).sum())
     if args.drop_noisy and args.batch_size > clean:
         what = f"{clean} of {len(data)} images clean, fewer than --batch-size {args.batch_size}"
-        raise ValueError(f"--drop-noisy: judges {what}; a higher --noisy-above keeps more")
+        raise ValueError(f"--drop-noisy: judges {what}; a higher --noisy-above keeps more, --robust adv all")
     return sigma_y
 
 
