@@ -137,8 +137,8 @@ def judge(args, data, ckpt, device, world):
         dist.broadcast(sigma_y, 0)
     clean = int((sigma_y == 0).sum())
     if args.drop_noisy and args.batch_size > clean:
-        what = f"{clean} of {len(data)} images clean, fewer than --batch-size {args.batch_size}"
-        raise ValueError(f"--drop-noisy: judges {what}; a higher --noisy-above keeps more, --robust adv all")
+        few = f"{clean} of {len(data)} images, fewer than --batch-size {args.batch_size}"
+        raise ValueError(f"--drop-noisy: keeps {few}; --robust adv takes all")
     return sigma_y
 
 
