@@ -110,7 +110,7 @@ def training_rows(settings, size, args):
     except ValueError:
         return []
     index = some_of(len(data), 2000)
-    known = name == trained_on
+    known = all(sets == name for sets, *_ in settings)
     rows = [("clean training images" if known else f"clean {name}", data.clean(index))]
     if p and known and not drop_noisy and len(set(settings)) == 1:
         rows.append(("as trained on", data.batch(index)))

@@ -6,9 +6,10 @@
 
 Their files are pickles, which may run code when they are opened. Here nothing but tensors is taken
 from them: no code of the file is run, nor is theirs needed. What is written holds tensors and plain
-values, like every checkpoint of this project. Unconditional networks alone; train.py does not
-train them. Not checked against the public files, which were not at hand: the tests compare with
-both codes' formulas, on random weights.
+values, like every checkpoint of this project. Unconditional networks alone; of score-sde's files
+vp/cifar10_ddpmpp[_deep]_continuous: its subVP and discrete ones look the same and are not told
+apart. train.py does not train them. Not checked against the public files, which were not at hand:
+the tests compare with both codes' formulas, on random weights.
 """
 
 import io
@@ -80,6 +81,7 @@ class DDPMpp(nn.Module):
     """
 
     real_t = True  # see samplers.edm_follow
+    t_min = -1  # both were trained down to sigma = .002 or less
     refuse_size = UNet.refuse_size
     cast = UNet.cast
 
@@ -87,8 +89,6 @@ class DDPMpp(nn.Module):
         super().__init__()
         self.edm = edm
         self.factor = 2 ** (len(channels) - 1)
-        if edm:
-            self.t_min = -1  # EDM's network knows every sigma
         levels = torch.tensor(SIGMAS, dtype=torch.float64)
         self.register_buffer("levels", levels.square().log1p(), persistent=False)
 
@@ -181,6 +181,8 @@ def renamed(block, names):
 def from_edm(state, edm, image_size):
     """EDM's SongUNet, {name: tensor} -> the checkpoint. edm: of EDMPrecond, else of VPPrecond."""
     groups = grouped(state)
+    if "map_label" in groups:
+        raise ValueError("class-conditional")
     ends, blocks = {}, []
     for part in ("enc", "dec"):
         for name, unit in grouped(groups[part]).items():
@@ -274,6 +276,17 @@ class Stub:
             self.__dict__.update(state)
 
 
+def stub(module, name):
+    return type(name, (Stub,), dict(__module__=module))
+
+
+NUMPY = [
+    stub("numpy", "dtype"),
+    stub("numpy.core.multiarray", "scalar"),
+    stub("numpy._core.multiarray", "scalar"),
+]
+
+
 def load_storage(data):
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
@@ -316,14 +329,16 @@ def tensors_of(module, prefix=""):
 def read_edm(path):
     with open(path, "rb") as f:
         net = Tensors(f).load()["ema"]
-    return from_edm(
-        tensors_of(net._modules["model"]), net.class_name == "EDMPrecond", net.img_resolution
-    )
+    if net.class_name not in ("EDMPrecond", "VPPrecond"):
+        raise ValueError(f"preconditioned by {net.class_name}")
+    state = tensors_of(net._modules["model"])
+    return from_edm(state, net.class_name == "EDMPrecond", net.img_resolution)
 
 
 def read_score_sde(path):
     """Of its averaged weights, which are a list in the order of the parameters."""
-    ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals(NUMPY):  # the optimizer's rate is a number of NumPy's
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
     names = [key.removeprefix("module.") for key in ckpt["model"]]
     names = [name for name in names if name.startswith("all_modules.")]
     return from_score_sde(dict(zip(names, ckpt["ema"]["shadow_params"], strict=True)))

@@ -127,6 +127,8 @@ def load_model(path, args, device, graphs=True):
     else:
         ckpt = load_checkpoint(path)
         if ckpt.get("kind") == "ddpmpp":
+            if args.raw:
+                raise ValueError(f"--raw: {path} holds averaged weights alone")
             net = weights.fitted(DDPMpp, ckpt, "ema", path)
         else:
             net = UNet.load(ckpt, ema=not args.raw, name=path)
@@ -227,7 +229,7 @@ def features_network(features, inception_weights):
 def reference_name(args, trained):
     """The set whose clean images --fid compares with."""
     if not (args.data or trained.get("data")):
-        raise ValueError("--fid: diffusers' checkpoints name no training set; give --data NAME")
+        raise ValueError("--fid: this checkpoint names no training set; give --data NAME")
     return args.data or trained["data"]
 
 
@@ -358,6 +360,8 @@ def main():
         outputs.claim(args.export)
         args.amp, args.compile = "fp32", False
         net, size, _ = load_model(args.ckpt, args, "cpu")
+        if not isinstance(net, UNet):
+            raise ValueError(f"--export: {args.ckpt} is no UNet of train.py")
         net.to_diffusers(args.export, size)
         print(f"{args.ckpt} -> {args.export}, for diffusers' DDPMPipeline.from_pretrained")
         return

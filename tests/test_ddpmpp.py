@@ -20,13 +20,18 @@ from losses import NoiseSchedule
 from samplers import edm_follow, time_of
 
 SCHEDULE = NoiseSchedule()
-CHANNELS, BLOCKS, ATTENTION, SIZE = (8, 16), 2, (4,), 8
+CHANNELS, BLOCKS, ATTENTION, SIZE = (32, 160), 2, (4,), 8  # 160: more than 32 groups of 4
 
 
 def parameters(shapes):
     """Random tensors, in float64, so that a wrong weight shows at once."""
     g = torch.Generator().manual_seed(0)
-    return {k: 0.3 * torch.randn(s, generator=g, dtype=torch.float64) for k, s in shapes.items()}
+    found = {}
+    for name, shape in shapes.items():
+        fan_in = math.prod(shape[1:]) if name.endswith("weight") else shape[0]
+        scale = fan_in**-0.5 if len(shape) > 1 else 0.3
+        found[name] = scale * torch.randn(shape, generator=g, dtype=torch.float64)
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -164,7 +169,7 @@ def test_ddpmpp_is_score_sde_s():
     """eps at t: the network at label 999 s, s the time at which score-sde's VP has this abar."""
     w = score_sde_weights()
     net = network(ddpmpp.from_score_sde(w, SIZE))
-    assert net.conv_in.weight.dtype == torch.float64
+    assert all(m.eps == 1e-6 for m in net.modules() if isinstance(m, nn.GroupNorm))
     x = torch.randn(3, 3, SIZE, SIZE, dtype=torch.float64)
     t = torch.tensor([0, 99, 999])
     s = torch.linspace(0, 1.01, 400_001, dtype=torch.float64)
@@ -177,6 +182,10 @@ def test_ddpmpp_is_score_sde_s():
     assert expected.std() > 0.1
     torch.testing.assert_close(net(x, t), expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(net.network(x, labels), expected, rtol=1e-5, atol=1e-5)
+    smallest = torch.full((3,), time_of(SCHEDULE, 0.002), dtype=torch.float64)
+    asked = torch.full((3,), 999 * math.log1p(0.002**2) / 0.1, dtype=torch.float64)
+    assert net.t_min == -1 and asked[0] < 0.05
+    torch.testing.assert_close(net(x, smallest), score_sde(w, x, asked), rtol=1e-3, atol=1e-3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -300,45 +309,72 @@ def as_modules(state, name=""):
 
 @pytest.fixture
 def edm_file(tmp_path, monkeypatch):
+    """-> a function that writes EDM's file of a class of preconditioning."""
     module = types.ModuleType("torch_utils.persistence")
     module._reconstruct_persistent_obj = rebuild
     monkeypatch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
     monkeypatch.setitem(sys.modules, "torch_utils.persistence", module)
     monkeypatch.setattr(rebuild, "__module__", "torch_utils.persistence")
     monkeypatch.setattr(rebuild, "__qualname__", "_reconstruct_persistent_obj")
-    state = {k: v.float() for k, v in edm_weights(score_sde_weights()).items()}
-    model = as_modules(state)
-    net = Persistent(
-        "EDMPrecond", img_resolution=SIZE, sigma_data=np.sqrt(0.25), _modules=dict(model=model),
-        _parameters={}, _buffers={},
-    )  # fmt: skip
-    path = tmp_path / "edm.pkl"
-    path.write_bytes(pickle.dumps(dict(ema=net, other=types.SimpleNamespace(a=1))))
-    return path
+
+    def write(class_name, **more):
+        state = {k: v.float() for k, v in (edm_weights(score_sde_weights()) | more).items()}
+        net = Persistent(
+            class_name, img_resolution=SIZE, sigma_data=np.sqrt(0.25), _parameters={}, _buffers={},
+            _modules=dict(model=as_modules(state)),
+        )  # fmt: skip
+        path = tmp_path / "edm.pkl"
+        path.write_bytes(pickle.dumps(dict(ema=net, other=types.SimpleNamespace(a=1))))
+        return path
+
+    return write
 
 
-def test_edm_s_file_is_read_without_its_code(edm_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("class_name, edm", [("EDMPrecond", True), ("VPPrecond", False)])
+def test_edm_s_file_is_read_without_its_code(edm_file, tmp_path, monkeypatch, class_name, edm):
     monkeypatch.chdir(tmp_path)
-    assert call(ddpmpp, edm_file, "--out", tmp_path / "edm.pt") == 0
+    assert call(ddpmpp, edm_file(class_name), "--out", tmp_path / "edm.pt") == 0
     assert not (tmp_path / "ran").exists()
     flags = "--n 2 --sampler heun --steps 2 --device cpu --amp fp32 --no-png".split()
     assert call(sample, "--ckpt", tmp_path / "edm.pt", *flags, "--out", tmp_path / "o") == 0
     ckpt = torch.load(tmp_path / "edm.pt", weights_only=True)
     assert ckpt["config"] == dict(
-        channels=list(CHANNELS), attention=[False, True], blocks=BLOCKS, in_channels=3, edm=True
+        channels=list(CHANNELS), attention=[False, True], blocks=BLOCKS, in_channels=3, edm=edm
     )
-    expected = ddpmpp.from_edm(edm_weights(score_sde_weights()), True, SIZE)["ema"]
+    expected = ddpmpp.from_edm(edm_weights(score_sde_weights()), edm, SIZE)["ema"]
     assert ckpt["ema"].keys() == expected.keys()
     assert all(torch.equal(ckpt["ema"][k], expected[k]) for k in expected)
 
 
-def test_score_sde_s_file_is_read_by_its_averaged_weights(tmp_path):
+def test_what_sample_py_cannot_do_with_it(edm_file, tmp_path, capsys):
+    assert call(ddpmpp, edm_file("EDMPrecond"), "--out", tmp_path / "edm.pt") == 0
+    for flag in (["--raw"], ["--export", tmp_path / "e"]):
+        capsys.readouterr()
+        assert call(sample, "--ckpt", tmp_path / "edm.pt", *flag, "--out", tmp_path / "o") == 2
+        err = capsys.readouterr().err.splitlines()
+        assert len(err) == 1 and flag[0] in err[0]
+
+
+def test_other_networks_of_edm_are_refused(edm_file, tmp_path, capsys):
+    labels = {"map_label.weight": torch.ones(CHANNELS[0], 10)}
+    for class_name, more, why in (
+        ("VEPrecond", {}, "VEPrecond"),
+        ("EDMPrecond", labels, "class-conditional"),
+    ):
+        assert call(ddpmpp, edm_file(class_name, **more), "--out", tmp_path / "x.pt") == 2
+        assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_score_sde_s_file_is_read_by_its_averaged_weights(tmp_path, as_zip):
     w = score_sde_weights()
     raw = {f"module.{k}": torch.zeros_like(v) for k, v in w.items()}
     raw["module.sigmas"] = torch.ones(1000)
     ema = dict(decay=0.9999, num_updates=5, shadow_params=list(w.values()))
     file = tmp_path / "checkpoint_8.pth"
-    torch.save(dict(optimizer={}, model=raw, ema=ema, step=5), file)
+    optimizer = dict(state={}, param_groups=[dict(lr=2e-4 * np.minimum(1.0, 1.0), params=[0])])
+    ckpt = dict(optimizer=optimizer, model=raw, ema=ema, step=5)
+    torch.save(ckpt, file, _use_new_zipfile_serialization=as_zip)
     assert call(ddpmpp, file, "--out", tmp_path / "diffpure.pt") == 0
     ckpt = torch.load(tmp_path / "diffpure.pt", weights_only=True)
     expected = ddpmpp.from_score_sde(w)["ema"]
