@@ -11,9 +11,9 @@ there to find out which of them shows it; in our runs `truncated`, at 100 and 50
 
 Leaves, for each sample, --out/NAME/ as sample.py leaves its --out, with NAME =
 FOLDER[-STEPS][-SPACING], the folder of the checkpoint and what else differs; and
---out/side_by_side.png, table.csv and metrics.json, whose first rows are the training images, clean
-and as trained on; with several numbers of steps also steps.md and steps.png. Image i is that of
-sample.py with the same flags.
+--out/metrics.json, side_by_side.png and table.csv, the first rows of these two being the training
+images, clean and as trained on; with several numbers of steps also steps.md and steps.png. Image i
+is that of sample.py with the same flags.
 """
 
 import argparse
@@ -77,8 +77,8 @@ def main():
     if not results:  # under torchrun the first process has them
         return
     side_by_side(results, out, args)
-    numbers = {run: results[out / name][1] for name, run in runs.items()}
     if len(args.steps) > 1:
+        numbers = {run: results[out / name][1] for name, run in runs.items()}
         methods = {}
         for name, (path, _, _) in runs.items():
             methods[folder_name(path)] = outputs.method_of(results[out / name][2])

@@ -293,9 +293,9 @@ def load_storage(data):
 
 def persistent(meta):
     """EDM's objects carry their source, which is left unread: -> a Stub with their state."""
-    stub = Stub()
-    stub.__dict__.update(meta["state"], class_name=meta["class_name"])
-    return stub
+    found = Stub()
+    found.__dict__.update(meta["state"], class_name=meta["class_name"])
+    return found
 
 
 class Tensors(pickle.Unpickler):

@@ -138,7 +138,7 @@ def judge(args, data, ckpt, device, world):
     clean = int((sigma_y == 0).sum())
     if args.drop_noisy and args.batch_size > clean:
         few = f"{clean} of {len(data)} images, fewer than --batch-size {args.batch_size}"
-        raise ValueError(f"--drop-noisy: keeps {few}; --robust adv takes all")
+        raise ValueError(f"--drop-noisy: keeps {few}; raise --noisy-above or use --robust adv")
     return sigma_y
 
 

@@ -458,9 +458,8 @@ def test_code_in_a_checkpoint_is_refused(tmp_path):
             load_checkpoint(tmp_path / name)
         assert one_line(error, tmp_path / name)
         assert not marker.exists()
-    torch.load(
-        tmp_path / "zip.pt", weights_only=False
-    )  # on purpose: what load_checkpoint refused would have run code
+    # on purpose: what load_checkpoint refused would have run code
+    torch.load(tmp_path / "zip.pt", weights_only=False)
     assert marker.exists()
 
 
