@@ -126,7 +126,8 @@ class Done:
     """
 
     def __init__(self, path, args, world):
-        free = "device data_root out resume figures landscape batch_size eot_batch compile".split()
+        free = "device data_root out resume figures landscape batch_size eot_batch compile"
+        free = free.split() + ["n", "purifier", "knowledge", "norm"]  # more may follow
         settings = {name: value for name, value in vars(args).items() if name not in free}
         self.settings = settings | dict(world=world)
         self.path = path
@@ -161,8 +162,8 @@ def run_attack(net, images, args, run, where, bar, done):
     x, y = images
     mine = list(range(args.n))[rank::world]
     first = len(done.of(run)["rows"].get("robust", []))
-    bar.update(first)
-    left = mine[first:]
+    bar.update(min(first, len(mine)))
+    left = mine[first:]  # none, if it was of a larger --n
     for numbers, count in sample.batches(left, args.batch_size, sample.is_compiled(net.model)):
         began = time.time()
         index = torch.tensor(numbers, device=device)
@@ -175,7 +176,7 @@ def run_attack(net, images, args, run, where, bar, done):
     rows = {}
     for name, values in done.of(run)["rows"].items():
         rows[name] = torch.zeros(args.n, dtype=torch.float64)
-        rows[name][mine] = values
+        rows[name][mine] = values[: len(mine)]
         if world > 1:  # every row is written by one process; the others hold zeros
             dist.all_reduce(rows[name])
     return rows
@@ -222,7 +223,8 @@ def parse(argv=None):
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
-    add("--resume", action="store_true", help="continue in --out, with the images that are left")
+    more = "continue in --out, with the images that are left, a larger --n, further attacks"
+    add("--resume", action="store_true", help=more)
     add("--out", default="purify")
     args = parser.parse_args(argv)
     for name, value in ATTACKS[args.attack].items():
@@ -255,13 +257,14 @@ def parse(argv=None):
 
 def first_images(name, size, n, root):
     """x (n, 3, S, S) in [0, 1], labels (n,): the first n of the test split; of a folder, which is
-    sorted by class, n spread evenly."""
+    sorted by class, of one random order: a larger n only adds to them."""
     images, labels = load_images(name, size, "test", root, labels_needed=True)
     if n > len(images):
         raise ValueError(f"--n {n}: --data {name} has {len(images)} images")
-    rows = np.arange(n)
+    rows = np.arange(len(images))
     if name.startswith("folder:"):
-        rows = rows * len(images) // n
+        rows = np.random.default_rng(0).permutation(rows)
+    rows = rows[:n]
     x = torch.from_numpy(images[rows]).permute(0, 3, 1, 2).float() / 255
     return x, torch.as_tensor(labels)[torch.from_numpy(rows)]
 

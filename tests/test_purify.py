@@ -9,6 +9,7 @@ import cli
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from purifiers import INDEX, SCHEDULE, Eps, draw, images, linear, purifier
 from torch import nn
 
@@ -585,6 +586,43 @@ def test_a_stopped_run_goes_on_bit_for_bit(files, tmp_path, monkeypatch, capsys)
     assert seen[7:] == [[2, 3, 4]]
     assert run(*argv, "--eot", 2, "--out", tmp_path / "parts", "--resume") == 2
     assert "is of another --eot" in capsys.readouterr().err
+
+
+def test_more_images_and_attacks_join_a_finished_run(files, tmp_path, monkeypatch):
+    """Of a folder too: its first images are the first of a larger n, and of all classes."""
+    rng = np.random.default_rng(0)
+    for name in "abcd":
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(20):
+            image = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+            image.save(tmp_path / f"data/{name}/{i}.png")
+    common = ["--ckpt", files / "a/ckpt.pt", "--classifier", files / "classifier.pt"]
+    common += ["--data", f"folder:{tmp_path / 'data'}", "--data-root", tmp_path / "cache"]
+    common += "--pgd 1 --nfe 1 --device cpu --amp fp32 --purifier ddpm".split()
+    whole, parts = (["--out", tmp_path / name] for name in ("whole", "parts"))
+    assert run(*common, "--n", 12, "--knowledge", "both", "fwd", *whole) == 0
+    assert run(*common, "--n", 8, "--knowledge", "both", *parts) == 0
+    attack, seen = purify.evaluate, []
+
+    def watched(net, x, y, index, *rest):
+        seen.append((rest[-2], len(y)))
+        return attack(net, x, y, index, *rest)
+
+    monkeypatch.setattr(purify, "evaluate", watched)
+    assert run(*common, "--n", 12, "--knowledge", "both", "fwd", *parts, "--resume") == 0
+    assert seen == [("both", 4), ("fwd", 12)]
+    assert run(*common, "--n", 5, "--knowledge", "fwd", *parts, "--resume") == 0
+    assert len(seen) == 2  # fewer: nothing is left to do
+    assert json.loads((tmp_path / "parts/metrics.json").read_text())["n"] == 5
+    rows = [torch.load(tmp_path / name / "rows-0.pt")["attacks"] for name in ("whole", "parts")]
+    assert list(rows[0]) == list(rows[1]) and len(rows[0]) == 2
+    for key, value in rows[0].items():
+        for name, row in value["rows"].items():
+            assert torch.equal(row, rows[1][key]["rows"][name])
+    x, y = purify.first_images(common[5], 16, 12, tmp_path / "cache")
+    first = purify.first_images(common[5], 16, 8, tmp_path / "cache")
+    assert torch.equal(x[:8], first[0]) and torch.equal(y[:8], first[1])
+    assert len(set(y.tolist())) == 4
 
 
 def test_command_refuses_bad_input(capsys, files, tmp_path):
