@@ -126,8 +126,9 @@ class Done:
     """
 
     def __init__(self, path, args, world):
-        free = "device data_root out resume figures landscape batch_size eot_batch compile"
-        free = free.split() + ["n", "purifier", "knowledge", "norm"]  # more may follow
+        free = "device data_root out resume figures landscape batch_size eot_batch compile "
+        free += "no_checkpoint n purifier knowledge norm"  # the last four may grow
+        free = free.split()
         settings = {name: value for name, value in vars(args).items() if name not in free}
         self.settings = settings | dict(world=world)
         self.path = path
@@ -223,6 +224,8 @@ def parse(argv=None):
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
+    kept = "keep activations: a third less time, memory x --nfe"
+    add("--no-checkpoint", action="store_true", help=kept)
     more = "continue in --out, with the images that are left, a larger --n, further attacks"
     add("--resume", action="store_true", help=more)
     add("--out", default="purify")
@@ -247,6 +250,7 @@ def parse(argv=None):
         raise ValueError("--landscape 1: needs at least 2")
     options = dict(t_star=args.t_star, nfe=args.nfe, clip=not args.no_clip, variance=args.variance)
     options |= dict(noise_removal=args.noise_removal, coup=args.coup)
+    options |= dict(checkpointed=not args.no_checkpoint)
     sde = {"vp-sde", "vp-sde-corrector", "coup"}  # these clip nothing
     idle(not sde & set(args.purifier), "noise_removal", "without --purifier vp-sde or coup")
     idle(set(args.purifier) <= sde, "no_clip", "with --purifier vp-sde or coup alone")

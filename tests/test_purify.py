@@ -534,19 +534,19 @@ def test_the_flags_reach_the_attack(files, tmp_path, monkeypatch):
     assert seen == [(norm, 2, eot, 2) for norm in ("linf", "l2") for eot in (3, 2)]
 
 
-@pytest.mark.parametrize("flag, removes", [([], False), (["--noise-removal"], True)])
-def test_noise_removal_reaches_the_purifier(files, tmp_path, monkeypatch, flag, removes):
+@pytest.mark.parametrize("flags", ["", "--noise-removal", "--no-checkpoint"])
+def test_flags_reach_the_purifier(files, tmp_path, monkeypatch, flags):
     seen, attack = [], purify.pgd
 
     def watched(net, *rest):
-        seen.append(net.noise_removal)
+        seen.append((net.noise_removal, net.checkpointed))
         return attack(net, *rest)
 
     monkeypatch.setattr(purify, "pgd", watched)
     common = "--data synthetic:64 --n 2 --nfe 1 --device cpu --purifier vp-sde --pgd 1 --eot 1"
     paths = ["--ckpt", files / "a/ckpt.pt", "--classifier", files / "classifier.pt"]
-    assert run(*paths, *common.split(), *flag, "--out", tmp_path) == 0
-    assert set(seen) == {removes}
+    assert run(*paths, *common.split(), *flags.split(), "--out", tmp_path) == 0
+    assert set(seen) == {(flags == "--noise-removal", flags != "--no-checkpoint")}
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(files, tmp_path, monkeypatch, capsys):
