@@ -209,7 +209,8 @@ def parse_args():
     args = parser.parse_args()
     runtime.refuse_repeats(args, "what", "methods")
     idle = runtime.idle_flags(parser)
-    idle("methods" not in args.what, "methods", "without --what methods")
+    trains = {"methods", "kernels"} & set(args.what)
+    idle(not trains, "methods", "without --what methods or kernels")
     idle("kernels" not in args.what, "bandwidth peak", "without --what kernels")
     size = 64 if args.model == "ddpm64" else 32
     training.fill(args, image_size=size, batch_size=train.RECIPES[args.model]["batch_size"])

@@ -224,7 +224,7 @@ TABLE = [
     (butterflies_pca, "--methods none none", "--methods: none is given twice"),
     (bench, "--what sampling sampling", "--what: sampling is given twice"),
     (bench, "--what methods --methods none none", "--methods: none is given twice"),
-    (bench, "--methods none", "--methods: has no effect without --what methods"),
+    (bench, "--what modes --methods none", "without --what methods or kernels"),
     (bench, "--peak 3", "--peak: has no effect without --what kernels"),
     (reproduce, "first", "unrecognized arguments: first"),
     # files that are missing, damaged or of something else
