@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from scipy.stats import binomtest
 from torch import nn
 from tqdm import tqdm
 
@@ -114,6 +115,19 @@ def summarise(rows):
     for ok, line in checks:
         if not ok:
             d["violated"].append(line)
+    return d
+
+
+def beside(rows, first):
+    """Two checkpoints on the same images, noise included: how many images are right with one alone,
+    and the p of McNemar's exact test."""
+    d = {}
+    for key in [key for key in ("clean", "robust") if key in rows]:
+        gained = int(((rows[key] == 1) & (first[key] == 0)).sum())
+        lost = int(((rows[key] == 0) & (first[key] == 1)).sum())
+        d[key + "_gained"] = gained
+        d[key + "_lost"] = lost
+        d[key + "_p"] = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     return d
 
 
@@ -350,6 +364,7 @@ def main():
     schedule = NoiseSchedule().to(device)
     runs = list(planned(args, models))
     record = []
+    first = {}  # the rows of the first checkpoint, by attack
     done = Done(out / f"rows-{rank}.pt", args, world)
     total = len(range(args.n)[rank::world]) * len(runs)
     with tqdm(total=total, desc="attack", unit="img", disable=rank > 0) as bar:
@@ -364,12 +379,16 @@ def main():
             eot = len(noises(amounts_to(knowledge, sampler), args.seed, None, 0, args.eot))
             row |= dict(calls=done.of(run)["calls"], eot=eot) | summarise(rows)
             row["seconds"] = done.of(run)["seconds"]
+            if run[1:] in first and args.attack == "pgd":  # aa-rand's rows are shares
+                row |= beside(rows, first[run[1:]])
+            first.setdefault(run[1:], rows)
             record.append(row)
             if rank == 0:
                 for line in row["violated"]:
                     tqdm.write(f"CHECK VIOLATED: {', '.join(run)}: {line}", file=sys.stderr)
                 outputs.write_table(out / "table.csv", record)
-                (out / "table.md").write_text(purify_figures.table(record, args))
+                tables = purify_figures.table(record, args) + purify_figures.pairs(record)
+                (out / "table.md").write_text(tables)
     if rank == 0:
         methods = {name: outputs.method_of(trained) for name, (_, _, trained) in models.items()}
         styles = outputs.styles(methods)

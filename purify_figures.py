@@ -54,6 +54,22 @@ def table(record, args):
     return "\n".join(lines) + "\n"
 
 
+def pairs(record):
+    """Each checkpoint beside the first, image by image, in Markdown; nothing if there is one."""
+    lines = [
+        "",
+        "Right where the first is wrong, wrong where it is right, p of McNemar's exact test:",
+    ]
+    lines += ["", "| checkpoint | purifier | attack | clean | attacked |", "|---" * 5 + "|"]
+    rows = [row for row in record if "robust_p" in row]
+    for row in rows:
+        cells = [row["checkpoint"], row["purifier"], f"{row['norm']} {row['knowledge']}"]
+        for key in ("clean", "robust"):
+            cells.append(f"+{row[key + '_gained']} -{row[key + '_lost']}, {row[key + '_p']:.2g}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n" if rows else ""
+
+
 def plot(record, args, styles, path):
     """Robust accuracy by purifier and knowledge, 95 % intervals; clean accuracy as a diamond."""
     kinds = list(dict.fromkeys((row["knowledge"], row["norm"]) for row in record))

@@ -472,15 +472,21 @@ def test_command(files, tmp_path):
         "a",
         "b",
     }
+    paired = [f"{key}_{of}" for key in ("clean", "robust") for of in ("gained", "lost", "p")]
+    assert [[d.get(key) for key in paired] for d in record["runs"][3:]] == [[0, 0, 1.0] * 2] * 3
     a, b = (
         [
-            {k: v for k, v in d.items() if k not in ("checkpoint", "seconds")}
+            {k: v for k, v in d.items() if k not in ("checkpoint", "seconds", *paired)}
             for d in record["runs"][i : i + 3]
         ]
         for i in (0, 3)
     )
     assert a == b  # equal weights
-    assert (tmp_path / "one" / "table.md").read_text().count("\n") == 2 + 4
+    lines = (tmp_path / "one" / "table.md").read_text().splitlines()
+    assert (
+        len(lines) == 2 + 4 + 5 + 3
+        and lines[-1] == "| b | ddpm | linf both | +0 -0, 1 | +0 -0, 1 |"
+    )
     assert (
         run(
             *common,
@@ -547,6 +553,16 @@ def test_flags_reach_the_purifier(files, tmp_path, monkeypatch, flags):
     paths = ["--ckpt", files / "a/ckpt.pt", "--classifier", files / "classifier.pt"]
     assert run(*paths, *common.split(), *flags.split(), "--out", tmp_path) == 0
     assert set(seen) == {(flags == "--noise-removal", flags != "--no-checkpoint")}
+
+
+def test_checkpoints_are_compared_image_by_image():
+    """McNemar's exact p: 2 P(X <= 2), X ~ B(10, 1/2)."""
+    rng = np.random.default_rng(0)
+    first, second = np.array([[0] * 8 + [1] * 2 + [0] * 5 + [1] * 9, [1] * 8 + [0] * 7 + [1] * 9])
+    order = rng.permutation(24)
+    rows = [{"robust": torch.tensor(right[order]).double()} for right in (second, first)]
+    found = purify.beside(*rows)
+    assert found == dict(robust_gained=8, robust_lost=2, robust_p=pytest.approx(2 * 56 / 1024))
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(files, tmp_path, monkeypatch, capsys):
