@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import beta
+from scipy.stats import beta, binomtest
 from tqdm import tqdm
 
 from losses import NoiseSchedule
@@ -66,6 +66,15 @@ def clopper_pearson(k, n, level=0.95):
     low = beta.ppf(a, k, n - k + 1) if k > 0 else 0.0
     high = beta.ppf(1 - a, k + 1, n - k) if k < n else 1.0
     return float(low), float(high)
+
+
+def mcnemar(right, first):
+    """Two classifiers on the same images, arrays (n,) of 0 and 1: how many the one alone gets right
+    (gained), how many the first alone (lost), p of McNemar's exact test that both are as likely."""
+    gained = int(((right == 1) & (first == 0)).sum())
+    lost = int(((right == 0) & (first == 1)).sum())
+    p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    return dict(gained=gained, lost=lost, p=p)
 
 
 def rms_interval(squares, level=0.95, resamples=1000):

@@ -32,7 +32,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from scipy.stats import binomtest
 from torch import nn
 from tqdm import tqdm
 
@@ -44,7 +43,7 @@ import sample
 from classifier import load_classifier, refuse_labels
 from images import NAMES, load_images, refuse_other_classes
 from losses import NoiseSchedule, like
-from metrics import clopper_pearson
+from metrics import clopper_pearson, mcnemar
 from purification import GDMP, NOISELESS, SAMPLERS, PurifiedClassifier
 from purify_attack import NORMS, correct, judging_draws, noises, pgd
 from runtime import between
@@ -115,19 +114,6 @@ def summarise(rows):
     for ok, line in checks:
         if not ok:
             d["violated"].append(line)
-    return d
-
-
-def beside(rows, first):
-    """Two checkpoints on the same images, noise included: how many images are right with one alone,
-    and the p of McNemar's exact test."""
-    d = {}
-    for key in [key for key in ("clean", "robust") if key in rows]:
-        gained = int(((rows[key] == 1) & (first[key] == 0)).sum())
-        lost = int(((rows[key] == 0) & (first[key] == 1)).sum())
-        d[key + "_gained"] = gained
-        d[key + "_lost"] = lost
-        d[key + "_p"] = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     return d
 
 
@@ -380,7 +366,9 @@ def main():
             row |= dict(calls=done.of(run)["calls"], eot=eot) | summarise(rows)
             row["seconds"] = done.of(run)["seconds"]
             if run[1:] in first and args.attack == "pgd":  # aa-rand's rows are shares
-                row |= beside(rows, first[run[1:]])
+                for key in ("clean", "robust"):
+                    counts = mcnemar(rows[key].numpy(), first[run[1:]][key].numpy())
+                    row |= {f"{key}_{of}": value for of, value in counts.items()}
             first.setdefault(run[1:], rows)
             record.append(row)
             if rank == 0:

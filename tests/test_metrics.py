@@ -461,3 +461,13 @@ def test_rms_interval():
     assert 0.89 <= covered / 200 <= 0.99
     assert metrics.rms_interval([0.25]) == (0.5, 0.5)
     assert metrics.rms_interval(squares) == metrics.rms_interval(squares)
+
+
+def test_mcnemar_against_the_binomial():
+    """p = 2 P(X <= 2), X ~ B(10, 1/2): 8 gained, 2 lost."""
+    rng = np.random.default_rng(0)
+    both = np.array([[0] * 8 + [1] * 2 + [0] * 5 + [1] * 9, [1] * 8 + [0] * 7 + [1] * 9])
+    first, second = both[:, rng.permutation(24)]
+    found = metrics.mcnemar(second, first)
+    assert found == dict(gained=8, lost=2, p=pytest.approx(2 * (1 + 10 + 45) / 1024))
+    assert metrics.mcnemar(first, first) == dict(gained=0, lost=0, p=1.0)

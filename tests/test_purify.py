@@ -555,16 +555,6 @@ def test_flags_reach_the_purifier(files, tmp_path, monkeypatch, flags):
     assert set(seen) == {(flags == "--noise-removal", flags != "--no-checkpoint")}
 
 
-def test_checkpoints_are_compared_image_by_image():
-    """McNemar's exact p: 2 P(X <= 2), X ~ B(10, 1/2)."""
-    rng = np.random.default_rng(0)
-    first, second = np.array([[0] * 8 + [1] * 2 + [0] * 5 + [1] * 9, [1] * 8 + [0] * 7 + [1] * 9])
-    order = rng.permutation(24)
-    rows = [{"robust": torch.tensor(right[order]).double()} for right in (second, first)]
-    found = purify.beside(*rows)
-    assert found == dict(robust_gained=8, robust_lost=2, robust_p=pytest.approx(2 * 56 / 1024))
-
-
 def test_a_stopped_run_goes_on_bit_for_bit(files, tmp_path, monkeypatch, capsys):
     """Killed in the second batch of the second attack: what was done is not done again."""
     flags = (
