@@ -1,6 +1,6 @@
 r"""Butterflies on a known 25-dimensional subspace: does the model learn the images or their noise?
 
-    python butterflies_pca.py                               # built-in, 8x8: half an hour on a CPU
+    python butterflies_pca.py                               # built-in, 8x8: an hour on a CPU
     python butterflies_pca.py --data folder:PATH --seeds 2  # the same on your images
     python butterflies_pca.py --iters 20 --methods none adv --sample-steps 20  # a smoke test
     python butterflies_pca.py --data smithsonian --image-size 32 --channels 64 128 128 \
