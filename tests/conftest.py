@@ -8,6 +8,10 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # before torch is imported, and for the scripts that tests start
 )
+import torch  # noqa: E402
+
+# there is nothing to see without a GPU, or something in its place
+collect_ignore = [] if torch.cuda.is_available() or "TEST_DEVICE" in os.environ else ["test_gpu.py"]
 
 
 @pytest.fixture(autouse=True, scope="session")
