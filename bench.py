@@ -36,13 +36,18 @@ from samplers import heun_levels
 from unet import PRESETS, UNet
 from weights import unet2d_config
 
-METHODS = ["none", *(m for m, (_, flags, _) in train.OBJECTIVES.items() if "reg_last" in flags)]
+REGULARISED = [m for m, (_, flags, _) in train.OBJECTIVES.items() if "reg_last" in flags]
+METHODS = ["none", *REGULARISED, "late"]
 
 
 def settings(method, amp="auto"):
-    """train.py's own, without warm-up; the regulariser always and everywhere, as in P1."""
-    flags = ["--robust", method, "--amp", amp, "--warmup", "0"]
-    return train.parse_args([*flags, "--paper"])
+    """train.py's own, without warm-up: the regulariser always and everywhere, as in P1. late: adv
+    as in the second phase of train.py's default."""
+    if method == "late":
+        flags = ["--robust", "adv", "--reg-last", "1"]
+    else:
+        flags = ["--robust", method, "--paper"]
+    return train.parse_args([*flags, "--amp", amp, "--warmup", "0"])
 
 
 def draws(data, B, device, dropout=0.0):
@@ -110,12 +115,12 @@ def methods(args, device, batch):
     calls = {method: functools.partial(step, method, batch) for method in args.methods}
     rows = rows_of("methods", interleaved(calls, args), args.batch_size, args.methods[0])
     eager = make_step(new_net(args, device, args.amp), device, args.amp)
-    one = {name: value[:1] for name, value in batch.items()}
+    some = {name: value[:8] for name, value in batch.items()}  # late acts on an eighth of them
     for row in rows:
         with FlopCounterMode(display=False) as counter:
-            eager(row["name"], one)
+            eager(row["name"], some)
         row["cost"] = 1 / row["speed"]
-        row["GFLOP_img"] = counter.get_total_flops() / 1e9
+        row["GFLOP_img"] = counter.get_total_flops() / len(some["t"]) / 1e9
         row["TFLOP_s"] = row["GFLOP_img"] * row["img_s"] / 1e3
     return rows
 
@@ -192,7 +197,7 @@ def parse_args():
     add = parser.add_argument
     count, positive = between(1, kind=int), between(0, above=True)
     add("--what", nargs="+", choices=SECTIONS, default=["methods", "modes", "sampling"])
-    add("--methods", nargs="+", choices=METHODS, default=["none", "ran", "adv", "inv-adv"])
+    add("--methods", nargs="+", choices=METHODS, default=["none", "ran", "adv", "late"])
     add("--model", choices=PRESETS, default="ddpm")
     some = between(1, 4096, int)
     add("--image-size", type=some, metavar="S", help="default: 32, ddpm64 64")

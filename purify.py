@@ -27,6 +27,7 @@ Figs. 7, 8), with --landscape landscape.png (Figs. 1, 3). Image i and all its no
 import argparse
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -125,12 +126,13 @@ class Done:
     of the file.
     """
 
-    def __init__(self, path, args, world):
+    def __init__(self, path, args, world, images):
         free = "device data_root out resume figures landscape batch_size eot_batch compile "
-        free += "no_checkpoint n purifier knowledge norm"  # the last four may grow
+        free += "no_checkpoint n purifier knowledge norm"  # the last four may change
         free = free.split()
         settings = {name: value for name, value in vars(args).items() if name not in free}
-        self.settings = settings | dict(world=world)
+        first = {size: zlib.crc32(x[0].numpy().tobytes()) for size, (x, _) in images.items()}
+        self.settings = settings | dict(world=world, data=[args.data, first])
         self.path = path
         self.attacks = {}
         if args.resume and path.exists():
@@ -240,7 +242,8 @@ def parse(argv=None):
         if name not in ("white", "fwd", "both") and not known:
             raise ValueError(f"--knowledge {name}: need white, fwd, both or semi-N with N >= 1")
     idle = runtime.idle_flags(parser, argv)
-    unpurified = "t_star nfe variance no_clip raw knowledge eot figures landscape coup"
+    unpurified = "t_star nfe variance no_clip raw knowledge eot figures landscape coup "
+    unpurified += "no_checkpoint"
     idle(set(args.purifier) == {"none"}, unpurified, "with --purifier none alone")
     fresh = {"white", "fwd"} & set(args.knowledge) or args.landscape  # draws to average over
     idle(not fresh, "eot", "without --knowledge white or fwd")
@@ -351,7 +354,7 @@ def main():
     runs = list(planned(args, models))
     record = []
     first = {}  # the rows of the first checkpoint, by attack
-    done = Done(out / f"rows-{rank}.pt", args, world)
+    done = Done(out / f"rows-{rank}.pt", args, world, data)
     total = len(range(args.n)[rank::world]) * len(runs)
     with tqdm(total=total, desc="attack", unit="img", disable=rank > 0) as bar:
         for run in runs:

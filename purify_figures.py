@@ -58,10 +58,11 @@ def pairs(record):
     """Each checkpoint beside the first, image by image, in Markdown; nothing if there is one."""
     lines = [
         "",
-        "Right where the first is wrong, wrong where it is right, p of McNemar's exact test:",
+        "Right where the first is wrong (+), wrong where it is right (-), p of McNemar's exact",
     ]
+    lines += ["test, not corrected for their number:"]
     lines += ["", "| checkpoint | purifier | attack | clean | attacked |", "|---" * 5 + "|"]
-    rows = [row for row in record if "robust_p" in row]
+    rows = [row for row in record if "robust_p" in row and row["purifier"] != "none"]
     for row in rows:
         cells = [row["checkpoint"], row["purifier"], f"{row['norm']} {row['knowledge']}"]
         for key in ("clean", "robust"):

@@ -109,6 +109,8 @@ def test_flops_are_counted_passes():
     assert 0 <= flops["none"] - (F + full) <= product
     assert flops["ran"] == flops["inv-ran"] == 2 * flops["none"]
     assert flops["adv"] == flops["inv-adv"]
+    # on one row of the batch, as an eighth of it is less
+    assert flops["late"] - flops["none"] == (flops["adv"] - flops["none"]) / len(batch["t"])
     assert 0 <= flops["adv"] - (F + attack + 2 * flops["none"]) <= 3 * product < embedding
 
     with torch.device("meta"), bench.FlopCounterMode(display=False) as counter:

@@ -6,6 +6,7 @@ compiled CPU in its place, which takes half an hour; with TORCHDYNAMO_DISABLE=1 
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,12 @@ from runtime import save_checkpoint
 from unet import UNet
 
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cuda"))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="no GPU is here"
+    ),
+]
 ROOT = Path(__file__).parent.parent
 SHAPE = dict(channels=(32, 64), attention=(False, True), blocks=1, dropout=0.1)
 METHODS = {
@@ -53,25 +60,42 @@ def batches(n, B=8, S=16):
     return found
 
 
+@pytest.fixture(autouse=True)
+def as_a_script():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    torch._dynamo.reset()
+    runtime.setup(str(DEVICE))
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.benchmark = before[1]
+
+
+def prepare(device, flags, backend):
+    """As train.py; fp16 begins at a scale at which no step is left out."""
+    args = train.parse_args(f"{flags} --warmup 0 --lr 1e-3".split())
+    net = network().to(device, memory_format=runtime.layout(device, args.amp)).train()
+    state = train.prepare(net, args, device, 1, backend)
+    if state.scaler.is_enabled():
+        state.scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
+    return state, args
+
+
 def losses_of(device, method, amp, backend, n=4):
     """Loss and norm of the gradient over n steps, (n, 2); the last weights, flat."""
-    flags = f"{METHODS[method]} --warmup 0 --lr 1e-3 --amp {amp}"
-    args = train.parse_args(flags.split())
-    state = train.prepare(network().to(device).train(), args, device, 1, backend)
+    state, args = prepare(device, f"{METHODS[method]} --amp {amp}", backend)
     found = []
     for step, batch in enumerate(batches(n)):
         batch = {name: value.to(device) for name, value in batch.items()}
         logs = train.train_step(state, args, step, [batch])
         found.append(torch.stack([logs["loss"].float(), logs["grad_norm"].float()]).cpu())
     weights = torch.cat([p.detach().float().cpu().flatten() for p in state.params])
-    return torch.stack(found), weights, state
+    return torch.stack(found), weights
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_compiled_step_is_that_of_the_cpu(method):
-    torch._dynamo.reset()
-    plain, plain_weights, _ = losses_of(torch.device("cpu"), method, "fp32", None)
-    found, weights, _ = losses_of(DEVICE, method, "fp32", "inductor")
+    plain, plain_weights = losses_of(torch.device("cpu"), method, "fp32", None)
+    found, weights = losses_of(DEVICE, method, "fp32", "inductor")
     torch.testing.assert_close(found, plain, rtol=2e-2, atol=2e-3)
     start = torch.cat([p.detach().flatten() for p in network().parameters()])
     assert torch.corrcoef(torch.stack([weights - start, plain_weights - start]))[0, 1] > 0.95
@@ -80,20 +104,17 @@ def test_a_compiled_step_is_that_of_the_cpu(method):
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_lower_precision_trains(amp):
     if amp == "fp16" and DEVICE.type == "cpu":
-        return  # refused there
-    torch._dynamo.reset()
-    plain = losses_of(torch.device("cpu"), "late", "fp32", None)[0]
-    found, weights, state = losses_of(DEVICE, "late", amp, "inductor")
+        pytest.skip("fp16 is refused on a CPU")
+    plain, plain_weights = losses_of(torch.device("cpu"), "late", "fp32", None)
+    found, weights = losses_of(DEVICE, "late", amp, "inductor")
     torch.testing.assert_close(found[:, 0], plain[:, 0], rtol=0.1, atol=1e-2)
-    assert weights.isfinite().all()
-    assert state.scaler.is_enabled() == (amp == "fp16")
+    start = torch.cat([p.detach().flatten() for p in network().parameters()])
+    assert torch.corrcoef(torch.stack([weights - start, plain_weights - start]))[0, 1] > 0.8
 
 
 def test_no_step_waits_for_the_gpu():
     """torch.cuda raises at every wait; the first steps compile and may."""
-    torch._dynamo.reset()
-    args = train.parse_args("--robust adv --reg-last 1 --warmup 0 --amp bf16".split())
-    state = train.prepare(network().to(DEVICE).train(), args, DEVICE, 1, "inductor")
+    state, args = prepare(DEVICE, "--robust adv --reg-last 1 --amp bf16", "inductor")
     on_device = [{name: value.to(DEVICE) for name, value in b.items()} for b in batches(5)]
     for step, batch in enumerate(on_device):
         if DEVICE.type == "cuda":
@@ -142,8 +163,9 @@ def test_a_sample_is_that_of_the_cpu(files, tmp_path, sampler):
     flags = f"--n 5 --batch-size 2 --sampler {sampler}".split()
     folders = on_both("sample.py", tmp_path, "--ckpt", files / "ckpt.pt", *flags)
     cpu, gpu = (np.load(f / "samples.npz")["images"].astype(int) for f in folders)
-    assert cpu.std() > 10
-    assert (abs(cpu - gpu) <= 2).mean() > 0.98
+    grey = (cpu > 5) & (cpu < 250)  # most others are black or white whatever the network
+    assert grey.sum() > 50
+    assert (abs(cpu - gpu) <= 2)[grey].mean() > 0.9
 
 
 def test_an_attacked_sample_is_that_of_the_cpu(files, tmp_path):
@@ -180,13 +202,20 @@ def test_training_resumes(tmp_path):
     flags += f" --reg-last 0.5 --log-every 1 --save-every 3 --sample-every 0 --device {DEVICE}"
     flags = [*flags.split(), "--compile", "--amp", "fp32"]
     run("train.py", *flags, "--iters", 8, "--out", tmp_path / "whole")
+    argv = ["train.py", *flags, "--iters", "8", "--out", str(tmp_path / "parts")]
     stop = "import train, runtime, sys; runtime.Interrupt.asked = lambda self, step: step == 5;"
-    stop += f"sys.argv = {['train.py', *flags, '--iters', '8', '--out', str(tmp_path / 'parts')]};"
-    stop += "runtime.cli(train.main)"
-    subprocess.run([sys.executable, "-c", stop], cwd=ROOT, capture_output=True)
-    assert runtime.load_checkpoint(tmp_path / "parts/ckpt.pt")["step"] == 5
+    stop += f"sys.argv = {argv}; runtime.cli(train.main)"
+    stopped = subprocess.run([sys.executable, "-c", stop], cwd=ROOT, capture_output=True)
+    assert stopped.returncode == 128 + signal.SIGTERM
+    before = weights_in(tmp_path / "parts", 5)
     run("train.py", "--resume", "--device", DEVICE, "--compile", "--out", tmp_path / "parts")
-    lines = [(tmp_path / f / "metrics.jsonl").read_text().splitlines() for f in ("whole", "parts")]
-    whole, parts = (np.array([json.loads(line)["loss"] for line in some]) for some in lines)
-    assert len(whole) == 8
-    np.testing.assert_allclose(parts, whole, rtol=2e-2)
+    parts, whole = (weights_in(tmp_path / name, 8) for name in ("parts", "whole"))
+    assert (parts - whole).norm() < 0.1 * (whole - before).norm()
+
+
+def weights_in(folder, step):
+    """All weights of a checkpoint of that step, and their averages, flat."""
+    ckpt = runtime.load_checkpoint(folder / "ckpt.pt")
+    assert ckpt["step"] == step
+    both = [*ckpt["model"].values(), *ckpt["ema"].values()]
+    return torch.cat([value.double().flatten() for value in both])

@@ -484,7 +484,7 @@ def test_command(files, tmp_path):
     assert a == b  # equal weights
     lines = (tmp_path / "one" / "table.md").read_text().splitlines()
     assert (
-        len(lines) == 2 + 4 + 5 + 3
+        len(lines) == 2 + 4 + 6 + 2
         and lines[-1] == "| b | ddpm | linf both | +0 -0, 1 | +0 -0, 1 |"
     )
     assert (
@@ -594,7 +594,26 @@ def test_a_stopped_run_goes_on_bit_for_bit(files, tmp_path, monkeypatch, capsys)
     assert "is of another --eot" in capsys.readouterr().err
 
 
-def test_more_images_and_attacks_join_a_finished_run(files, tmp_path, monkeypatch):
+def test_the_pairs_of_two_checkpoints(files, tmp_path, monkeypatch):
+    """The first is wrong on image 0, which the second gets right."""
+    right = iter([[0, 1, 1], [1, 1, 1]])
+
+    def known(net, x, y, index, *rest):
+        row = torch.tensor(next(right)).double()
+        ones = torch.ones(len(x), dtype=torch.float64)
+        checks = dict(outside=0 * ones, nonfinite=0 * ones, zero=0 * ones, rises=ones)
+        return dict(robust=row, clean=ones, start=ones, end=ones, **checks)
+
+    monkeypatch.setattr(purify, "evaluate", known)
+    argv = ["--ckpt", files / "a/ckpt.pt", files / "b/ckpt.pt"]
+    argv += ["--classifier", files / "classifier.pt", "--purifier", "ddpm", "--nfe", 1]
+    argv += "--data synthetic:64 --n 3 --knowledge both --device cpu".split()
+    assert run(*argv, "--out", tmp_path) == 0
+    last = (tmp_path / "table.md").read_text().splitlines()[-1]
+    assert last == "| b | ddpm | linf both | +0 -0, 1 | +1 -0, 1 |"
+
+
+def test_more_images_and_attacks_join_a_finished_run(files, tmp_path, monkeypatch, capsys):
     """Of a folder too: its first images are the first of a larger n, and of all classes."""
     rng = np.random.default_rng(0)
     for name in "abcd":
@@ -625,6 +644,11 @@ def test_more_images_and_attacks_join_a_finished_run(files, tmp_path, monkeypatc
     for key, value in rows[0].items():
         for name, row in value["rows"].items():
             assert torch.equal(row, rows[1][key]["rows"][name])
+    shutil.rmtree(tmp_path / "data/d")
+    assert run(*common, "--n", 12, "--knowledge", "both", *parts, "--resume") == 2
+    assert "is of another --data" in capsys.readouterr().err
+    (tmp_path / "data/d").mkdir()
+    shutil.copytree(tmp_path / "data/c", tmp_path / "data/d", dirs_exist_ok=True)
     x, y = purify.first_images(common[5], 16, 12, tmp_path / "cache")
     first = purify.first_images(common[5], 16, 8, tmp_path / "cache")
     assert torch.equal(x[:8], first[0]) and torch.equal(y[:8], first[1])
