@@ -436,6 +436,36 @@ def test_eq10_is_invariance_of_the_denoised_image():
 
 
 @pytest.mark.parametrize("perturb", ["ran", "adv"])
+def test_eq10_on_all_rows_is_eq10_without_rows(perturb):
+    """share = 1, all t: bit for bit the loss and the gradients of the formula written out."""
+    model = mlp()
+    x0, t, eps = (value.float() if value.is_floating_point() else value for value in batch())
+    model.float()
+    beta, u = rand_like(t.double(), 0.5, 2), rand_like(x0).float()
+
+    radius = perturbation_radius(SCHEDULE, t, beta)
+    s = (1 - SCHEDULE.alphas_bar[t]).sqrt().float()[:, None]
+    x_t = SCHEDULE.q_sample(x0, t, eps)
+    delta = radius.float()[:, None] * u
+    if perturb == "adv":
+        eps_x = model(x_t, t)
+        delta = adversarial_delta(model, SCHEDULE, x_t, t, eps, radius, delta, eps_x=eps_x)
+        eps_adv = model(x_t + s * delta, t)
+    else:
+        both = model(torch.cat([x_t, x_t + s * delta]), torch.cat([t, t]))
+        eps_x, eps_adv = both.chunk(2)
+    weight = regulariser_weight(SCHEDULE, t, beta).float()
+    regulariser = (weight * (eps_adv - eps_x - delta).square().mean(1)).mean()
+    written_out = (eps_x - eps).square().mean() + regulariser
+
+    loss, _ = robust_loss(model, SCHEDULE, x0, t, eps, perturb, beta=beta, u=u)
+    assert torch.equal(loss, written_out)
+    weights = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(written_out, weights)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("perturb", ["ran", "adv"])
 @pytest.mark.parametrize("constraint", ["equivariance", "invariance"])
 def test_eq10_gradient_is_finite_differences(perturb, constraint):
     """delta_adv depends on the weights through a sign alone, which tiny steps do not flip: its

@@ -204,6 +204,18 @@ def test_growing_iters_past_the_change_is_refused(tmp_path, capsys):
     assert "began at step 2 of 4 and would now at 20" in capsys.readouterr().err
 
 
+def test_one_phase_is_the_training_of_the_papers_first_version():
+    """--reg-last 1: the objective acts from step 0 on, at one rate, with one warm-up."""
+    args = train.parse_args("--robust adv --paper --iters 10 --warmup 4 --lr 0.1".split())
+    assert [train.phase(args, step) for step in range(10)] == [
+        (True, step, 0.1, 4) for step in range(10)
+    ]
+    args = train.parse_args("--robust adv --reg-last 0.2 --iters 10 --warmup 40 --lr 0.1".split())
+    phases = [train.phase(args, step) for step in range(10)]
+    assert phases[:8] == [(False, step, 0.1, 40) for step in range(8)]
+    assert phases[8:] == [(True, 0, 0.05, 4), (True, 1, 0.025, 4)]
+
+
 def test_paper_is_eq10_as_printed_and_flags_beside_it_count():
     """At every step, on all rows, at all t; what the user types beside it stands."""
     names = "lam reg_last reg_share reg_from reg_until".split()
