@@ -485,7 +485,7 @@ def test_command(files, tmp_path):
     lines = (tmp_path / "one" / "table.md").read_text().splitlines()
     assert (
         len(lines) == 2 + 4 + 6 + 2
-        and lines[-1] == "| b | ddpm | linf both | +0 -0, 1 | +0 -0, 1 |"
+        and lines[-1] == "| b | ddpm | linf semi-2 | +0 -0, 1 | +0 -0, 1 |"
     )
     assert (
         run(
