@@ -127,9 +127,9 @@ class Done:
     """
 
     def __init__(self, path, args, world, images):
-        free = "device data_root out resume figures landscape batch_size eot_batch compile "
-        free += "no_checkpoint n purifier knowledge norm"  # the last four may change
-        free = free.split()
+        free = "device data_root out resume figures landscape".split()
+        free += "batch_size eot_batch compile no_checkpoint".split()
+        free += "n purifier knowledge norm".split()  # more images, further attacks
         settings = {name: value for name, value in vars(args).items() if name not in free}
         first = {size: zlib.crc32(x[0].numpy().tobytes()) for size, (x, _) in images.items()}
         self.settings = settings | dict(world=world, data=[args.data, first])

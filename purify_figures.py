@@ -56,11 +56,8 @@ def table(record, args):
 
 def pairs(record):
     """Each checkpoint beside the first, image by image, in Markdown; nothing if there is one."""
-    lines = [
-        "",
-        "Right where the first is wrong (+), wrong where it is right (-), p of McNemar's exact",
-    ]
-    lines += ["test, not corrected for their number:"]
+    lines = ["", "Right where the first is wrong (+), wrong where it is right (-), p of McNemar's"]
+    lines += ["exact test, not corrected for their number:"]
     lines += ["", "| checkpoint | purifier | attack | clean | attacked |", "|---" * 5 + "|"]
     rows = [row for row in record if "robust_p" in row and row["purifier"] != "none"]
     for row in rows:
