@@ -84,7 +84,7 @@ def load_data(args, net, classifier, ckpt, device, world):
     """The training images, with their corruption; refuses what does not fit the network."""
     size = args.image_size or NATIVE_SIZE.get(args.data, 0)
     net.refuse_size(size, size)  # before any decoding
-    if classifier:
+    if classifier is not None:
         refuse_other_classes(f"--classifier {args.classifier}", classifier.classes, args.data)
     options = dict(root=args.data_root, labels_needed=classifier is not None)
     with runtime.machine_by_one(world):
@@ -95,7 +95,7 @@ def load_data(args, net, classifier, ckpt, device, world):
     if ckpt and ckpt.get("data_key", data.key) != data.key:
         what = f"not the images that {args.out} was trained on until step {ckpt['step']}"
         raise ValueError(f"--data {args.data}: {what}; start another --out")
-    if classifier:
+    if classifier is not None:
         refuse_labels(classifier, args.classifier, data.labels, args.data)
     if args.batch_size > len(data):
         held = f"--data {args.data} with its {len(data)} images"

@@ -29,6 +29,7 @@ SLOW = """
     test_a_small_run_leaves_every_file
     test_a_small_run_leaves_its_files
     test_addt_resumes_bit_for_bit_and_needs_its_classifier
+    test_addt_trains_with_a_compiled_classifier
     test_adversarial_training_compiles_two_graphs
     test_an_attack_compiles_no_graph_for_a_short_batch
     test_an_objective_a_corruption_and_a_sampler_are_one_row_each

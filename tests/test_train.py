@@ -885,6 +885,16 @@ def test_the_flags_of_addt_reach_its_loss(monkeypatch):
     assert seen["kw"] == dict(unit=0.05, high=0.2)
 
 
+def test_addt_trains_with_a_compiled_classifier(checkpoint, classifiers, tmp_path, monkeypatch):
+    """As on a GPU by default; a compiled network has no truth value."""
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net, **_: compiled(net, backend="eager"))
+    monkeypatch.setattr(training, "generate", lambda *args, **kw: torch.zeros(64, 3, 8, 8))
+    flags = [*SMALL, "--robust", "addt", "--init", checkpoint / "ckpt.pt", "--compile"]
+    flags += ["--classifier", classifiers / "10.pt", "--iters", 1, "--out", tmp_path]
+    assert call(train, *flags) == 0
+
+
 def test_addt_resumes_bit_for_bit_and_needs_its_classifier(
     checkpoint, classifiers, tmp_path, capsys, monkeypatch
 ):
