@@ -94,12 +94,12 @@ def plot(record, args, styles, path):
     axes[0, 0].set(ylabel="accuracy (%), 95 % interval", ylim=(0, 100))
     handles = [plt.Line2D([], [], color="k", marker="D", ls="", label="clean")]
     for kind, colour in colours.items():
-        handles.append(plt.Rectangle((0, 0), 1, 1, color=colour, label=", ".join(kind)))
+        draws = max(row["eot"] for row in record if (row["knowledge"], row["norm"]) == kind)
+        label = ", ".join(kind) + (f", EoT-{draws}" if draws > 1 else "")
+        handles.append(plt.Rectangle((0, 0), 1, 1, color=colour, label=label))
     fig.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     attack = {"pgd": "PGD", "aa-rand": "AutoAttack-rand"}[args.attack]
-    draws = max(row["eot"] for row in record)
-    title = f"Purification under {attack}-{args.pgd}, EoT-{draws}, n = {args.n}"
-    fig.suptitle(title, fontsize=11)
+    fig.suptitle(f"Purification under {attack}-{args.pgd}, n = {args.n}", fontsize=11)
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
