@@ -13,6 +13,7 @@ from purification import image_draws
 from purify_attack import UNSEEN, gradient_of, loss_of, noises, over_draws, pgd
 
 COLOURS = outputs.COLOURS[1:]  # without black, which is the intervals'
+NAMES = {"white": "White-box", "fwd": "DW_Fwd", "both": "DW_Both", "no noise": "no purifier"}
 ACCURACIES = {  # of an attack's row: what the table calls it; library_attack.py says what it is
     "robust": "",
     "selected": ", chosen",
@@ -95,7 +96,10 @@ def plot(record, args, styles, path):
     handles = [plt.Line2D([], [], color="k", marker="D", ls="", label="clean")]
     for kind, colour in colours.items():
         draws = max(row["eot"] for row in record if (row["knowledge"], row["norm"]) == kind)
-        label = ", ".join(kind) + (f", EoT-{draws}" if draws > 1 else "")
+        knowledge, norm = kind
+        label = f"{NAMES.get(knowledge, knowledge)}, {norm}"
+        if draws > 1:
+            label += f", EoT-{draws}"
         handles.append(plt.Rectangle((0, 0), 1, 1, color=colour, label=label))
     fig.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     attack = {"pgd": "PGD", "aa-rand": "AutoAttack-rand"}[args.attack]

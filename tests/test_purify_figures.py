@@ -96,3 +96,22 @@ def test_the_figure_is_drawn(tmp_path):
     path = tmp_path / "landscape.png"
     purify_figures.plot_landscape({"a": pair}, "ddpm", {"a": ("#000000", "DDPM")}, path)
     assert path.stat().st_size > 10_000
+
+
+def test_the_bars_are_named_with_their_draws(tmp_path, monkeypatch):
+    """White-box averages ten draws, DW_Fwd one."""
+    names = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig",
+        lambda figure, *_, **__: names.extend(text.get_text() for text in figure.legends[0].texts),
+    )
+    score = dict(clean=0.5, clean_ci=(0.4, 0.6), robust=0.2, robust_ci=(0.1, 0.3), norm="linf")
+    kinds = [("none", "no noise", 1), ("ddpm", "white", 10), ("ddpm", "fwd", 1), ("ddim", "fwd", 1)]
+    record = []
+    for purifier, knowledge, eot in kinds:
+        row = dict(checkpoint="a", purifier=purifier, knowledge=knowledge, eot=eot)
+        record.append(row | score)
+    args = argparse.Namespace(purifier=["none", "ddpm", "ddim"], attack="pgd", pgd=20, n=8)
+    purify_figures.plot(record, args, {"a": ("#000000", "DDPM")}, tmp_path / "purify.png")
+    wanted = ["no purifier, linf", "White-box, linf, EoT-10", "DW_Fwd, linf"]
+    assert names == ["clean", *wanted]

@@ -21,6 +21,7 @@ import metrics
 import sample
 import train
 import training
+from classifier import WideResNet
 from data import CorruptedImages, Order, load_images
 from unet import UNet
 
@@ -837,7 +838,6 @@ def test_bf16_update_is_autocast(method):
 @pytest.fixture(scope="module")
 def classifiers(tmp_path_factory):
     """Untrained ones of 3 and of 10 classes."""
-    from classifier import WideResNet
     from runtime import save_checkpoint
 
     out = tmp_path_factory.mktemp("classifiers")
@@ -886,13 +886,21 @@ def test_the_flags_of_addt_reach_its_loss(monkeypatch):
 
 
 def test_addt_trains_with_a_compiled_classifier(checkpoint, classifiers, tmp_path, monkeypatch):
-    """As on a GPU by default; a compiled network has no truth value."""
-    compiled = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda net, **_: compiled(net, backend="eager"))
+    """As on a GPU by default. Its truth value is an error: bool() asks it for its length."""
+    compiled = []
+    compile_ = torch.compile
+
+    def compile_eagerly(net, **_):
+        compiled.append(type(net))
+        return compile_(net, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
     monkeypatch.setattr(training, "generate", lambda *args, **kw: torch.zeros(64, 3, 8, 8))
     flags = [*SMALL, "--robust", "addt", "--init", checkpoint / "ckpt.pt", "--compile"]
     flags += ["--classifier", classifiers / "10.pt", "--iters", 1, "--out", tmp_path]
     assert call(train, *flags) == 0
+    assert WideResNet in compiled
+    torch._dynamo.reset()
 
 
 def test_addt_resumes_bit_for_bit_and_needs_its_classifier(
