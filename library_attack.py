@@ -64,11 +64,12 @@ class Attackable(nn.Module):
             x = x.view_as(x)
             x.register_hook(lambda grad: self.note(rows, grad))
         count = len(x)
+        index = self.index[rows]
         if self.padded and count < len(self.clean):  # one size, or it is compiled for each
             more = len(self.clean) - count
             x = torch.cat([x, x[:1].expand(more, *x.shape[1:])])
-            rows = torch.cat([rows, rows[:1].expand(more)])
-        draws = noises(self.knowledge, self.seed, self.index[rows], self.calls, 1)
+            index = torch.cat([index, index[:1].expand(more)])
+        draws = noises(self.knowledge, self.seed, index, self.calls, 1)
         noise = draws[self.calls % len(draws)]
         self.calls += 1
         return self.net(x, noise)[:count].float()

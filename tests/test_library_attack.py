@@ -53,6 +53,20 @@ def test_known_noise_follows_its_image(sampler):
         torch.testing.assert_close(victim(attacked[rows]), wanted[rows], rtol=1e-5, atol=1e-6)
 
 
+def test_a_padded_batch_has_the_gradients_of_a_short_one():
+    """Compiled, a network is always given as many images as there are."""
+    gradients = []
+    for padded in (False, True):
+        victim = Attackable(purifier("ddpm"), images(), "both", 0, INDEX + 5)
+        victim.padded = padded
+        x = images()[[2, 0]].requires_grad_()
+        logits = victim(x)
+        assert logits.shape[0] == 2
+        gradients.append(torch.autograd.grad(logits.square().sum(), x)[0])
+        assert victim.asked.tolist() == [1, 0, 1]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+
+
 def test_each_call_takes_the_draw_that_the_knowledge_allows():
     x = images().float()
     evaluation = value("both", INDEX)
